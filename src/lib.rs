@@ -1,0 +1,4 @@
+//! moe-serve: serves pretrained Mixture-of-Experts checkpoints with dynamic routers.
+pub mod moe;
+pub mod ops;
+pub mod types;

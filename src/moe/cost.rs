@@ -1,0 +1,204 @@
+//! FLOPs and expert reads: exact counts of what ran and of what native routing would have run.
+//!
+//! A multiply-add is 2 FLOPs. Two scopes, always named: `experts` (the routed experts' FFNs only) and
+//! `forward` (every matrix product: attention projections and scores at the true context length, gates, routed
+//! and shared experts, dense FFNs, LM head on the rows it ran on). Norms, activations and softmax are left
+//! out of both. A saving is `1 − ran / native`: below zero when the router cost more.
+
+use super::StepTrace;
+use crate::types::{FfnShape, ModelShape, RequestMoe};
+
+/// Work done, in FLOPs and counts. Adds up over tokens, steps and requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Tokens that passed the model.
+    pub tokens: u64,
+    /// (token, MoE layer, expert) triples that ran: Σk.
+    pub expert_rows: u64,
+    /// FLOPs of the routed experts that ran, and of those native routing would have run.
+    pub experts: Flops,
+    /// The same for the whole forward pass.
+    pub forward: Flops,
+}
+
+/// FLOPs that ran beside FLOPs of native routing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flops {
+    pub ran: u64,
+    pub native: u64,
+}
+
+impl Flops {
+    /// `1 − ran / native`; 0 where nothing ran.
+    pub fn saved(&self) -> f64 {
+        if self.native == 0 {
+            return 0.0;
+        }
+        1.0 - self.ran as f64 / self.native as f64
+    }
+}
+
+impl std::ops::AddAssign for Work {
+    fn add_assign(&mut self, other: Self) {
+        self.tokens += other.tokens;
+        self.expert_rows += other.expert_rows;
+        self.experts.ran += other.experts.ran;
+        self.experts.native += other.experts.native;
+        self.forward.ran += other.forward.ran;
+        self.forward.native += other.forward.native;
+    }
+}
+
+/// The price list of one model.
+#[derive(Clone, Debug)]
+pub struct CostModel {
+    /// Per token, whatever its context and routing.
+    fixed_flops: u64,
+    /// Per token and position of context, for layers without a window.
+    full_layers: u64,
+    /// Window of every layer that has one.
+    windows: Vec<u64>,
+    score_flops: u64,
+    expert_flops: u64,
+    lm_head_flops: u64,
+    native_rows: u64,
+    moe_layers: u64,
+}
+
+impl CostModel {
+    /// Prices of a model of `shape`.
+    pub fn new(shape: &ModelShape) -> Self {
+        let d = shape.hidden as u64;
+        let attention = &shape.attention;
+        let q_width = (attention.heads * attention.head_dim) as u64;
+        let kv_width = (attention.kv_heads * attention.head_dim) as u64;
+        let projections = 2 * d * (q_width + 2 * kv_width) + 2 * q_width * d;
+        let moe = &shape.moe;
+        let shared = moe.shared_width.map_or(0, |width| swiglu_flops(shape.hidden, width) + 2 * d);
+        let moe_fixed = 2 * d * moe.experts as u64 + shared;
+        let mut fixed_flops = 0;
+        for layer in &shape.layers {
+            fixed_flops += projections;
+            fixed_flops += match layer.ffn {
+                FfnShape::Dense { width } => swiglu_flops(shape.hidden, width),
+                FfnShape::Moe => moe_fixed,
+            };
+        }
+        Self {
+            fixed_flops,
+            full_layers: shape.layers.iter().filter(|l| l.sliding_window.is_none()).count() as u64,
+            windows: shape.layers.iter().filter_map(|l| l.sliding_window).map(|w| w as u64).collect(),
+            // One dot product for the score and one scaled add for the value, per query head.
+            score_flops: 4 * q_width,
+            expert_flops: swiglu_flops(shape.hidden, moe.expert_width),
+            lm_head_flops: 2 * d * shape.vocab as u64,
+            native_rows: (moe.layers * moe.top_k) as u64,
+            moe_layers: moe.layers as u64,
+        }
+    }
+
+    /// Work of one token: `context` keys are visible to it (itself included), `expert_rows` is Σk over the
+    /// MoE layers, `lm_head` tells whether its logits were computed.
+    pub fn token(&self, context: u64, expert_rows: u64, lm_head: bool) -> Work {
+        let seen = self.full_layers * context + self.windows.iter().map(|w| context.min(*w)).sum::<u64>();
+        let other = self.fixed_flops + self.score_flops * seen + u64::from(lm_head) * self.lm_head_flops;
+        let experts = Flops { ran: expert_rows * self.expert_flops, native: self.native_rows * self.expert_flops };
+        let forward = Flops { ran: other + experts.ran, native: other + experts.native };
+        Work { tokens: 1, expert_rows, experts, forward }
+    }
+
+    /// What `work` comes to for the request that caused it.
+    pub fn request(&self, work: &Work) -> RequestMoe {
+        let visits = (work.tokens * self.moe_layers).max(1);
+        RequestMoe {
+            experts_per_token: work.expert_rows as f64 / visits as f64,
+            expert_flops_saved: work.experts.saved(),
+            forward_flops_saved: work.forward.saved(),
+        }
+    }
+}
+
+/// Expert weights read in one step, in (layer, expert) pairs and bytes, beside native routing's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExpertReads {
+    pub ran: u64,
+    pub native: u64,
+    pub bytes_ran: u64,
+    pub bytes_native: u64,
+}
+
+impl ExpertReads {
+    /// Reads of a step whose weights take `expert_bytes` per expert.
+    pub fn of(trace: &StepTrace, expert_bytes: u64) -> Self {
+        let (ran, native) = (trace.unique_experts, trace.unique_experts_native);
+        Self { ran, native, bytes_ran: ran * expert_bytes, bytes_native: native * expert_bytes }
+    }
+}
+
+/// Three D×F products.
+fn swiglu_flops(hidden: usize, width: usize) -> u64 {
+    6 * hidden as u64 * width as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{AttentionShape, LayerShape, MoeShape};
+
+    /// Layer 0 is dense with a window of 3, layer 1 a mixture with a shared expert.
+    fn tiny() -> ModelShape {
+        ModelShape {
+            hidden: 4,
+            vocab: 10,
+            max_positions: 64,
+            attention: AttentionShape { heads: 2, kv_heads: 1, head_dim: 3 },
+            layers: vec![
+                LayerShape { sliding_window: Some(3), ffn: FfnShape::Dense { width: 7 } },
+                LayerShape { sliding_window: None, ffn: FfnShape::Moe },
+            ],
+            moe: MoeShape {
+                experts: 5,
+                top_k: 2,
+                expert_width: 6,
+                shared_width: Some(8),
+                renormalise: true,
+                layers: 1,
+            },
+            parameters: 0,
+        }
+    }
+
+    #[test]
+    fn a_token_costs_what_a_hand_count_says() {
+        let work = CostModel::new(&tiny()).token(5, 1, true);
+        // q: 4→6, k and v: 4→3 each, o: 6→4; twice (two layers).
+        let projections = 2 * (2 * (4 * 6) + 2 * (4 * 3) * 2 + 2 * (6 * 4));
+        // Layer 0 sees 3 keys, layer 1 sees 5; 2 heads × 3 dims, score and value.
+        let scores = (3 + 5) * (2 * 3) * 2 * 2;
+        let dense = 3 * 2 * 4 * 7;
+        let gate = 2 * 4 * 5;
+        let shared = 3 * 2 * 4 * 8 + 2 * 4;
+        let lm_head = 2 * 4 * 10;
+        let expert = 3 * 2 * 4 * 6;
+        let other = projections + scores + dense + gate + shared + lm_head;
+        assert_eq!(work.experts, Flops { ran: expert, native: 2 * expert });
+        assert_eq!(work.forward, Flops { ran: other + expert, native: other + 2 * expert });
+        assert_eq!(work.experts.saved(), 0.5);
+    }
+
+    #[test]
+    fn a_router_that_costs_more_shows_a_negative_saving() {
+        let cost = CostModel::new(&tiny());
+        let mut work = cost.token(1, 5, false);
+        work += cost.token(2, 3, false);
+        let moe = cost.request(&work);
+        assert_eq!(moe.experts_per_token, 4.0);
+        assert_eq!(moe.expert_flops_saved, -1.0);
+        assert!(moe.forward_flops_saved < 0.0 && moe.forward_flops_saved > -1.0);
+    }
+
+    #[test]
+    fn nothing_run_saves_nothing() {
+        assert_eq!(Flops::default().saved(), 0.0);
+    }
+}

@@ -1,0 +1,43 @@
+//! One mixture layer: gate, routing, grouped experts, shared expert.
+
+use super::RouteCtx;
+use crate::ops::{self, Experts, Linear, Swiglu};
+use candle_core::{Result, Tensor};
+
+/// A mixture of experts.
+#[derive(Debug)]
+pub struct MoeLayer {
+    /// Index among the model's MoE layers.
+    pub index: usize,
+    /// `[E, D]`, in f32.
+    pub gate: Linear,
+    pub experts: Experts,
+    pub shared: Option<SharedExpert>,
+}
+
+/// An expert that every token passes, scaled by a sigmoid gate of its own (Qwen2-MoE).
+#[derive(Debug)]
+pub struct SharedExpert {
+    pub net: Swiglu,
+    /// `[1, D]`
+    pub gate: Linear,
+}
+
+impl MoeLayer {
+    /// `x [T, D] → [T, D]`, routed by `routes`.
+    pub fn forward(&self, x: &Tensor, routes: &mut RouteCtx<'_>) -> Result<Tensor> {
+        let logits_te = ops::to_host(&self.gate.forward(x)?)?;
+        let routing = routes.route(self.index, &logits_te).map_err(candle_core::Error::wrap)?;
+        let y = self.experts.forward(x, &routing)?;
+        match &self.shared {
+            None => Ok(y),
+            Some(shared) => y + ops::sigmoid_gated(&shared.net.forward(x)?, &shared.gate.forward(x)?)?,
+        }
+    }
+
+    /// Bytes of the weights.
+    pub fn bytes(&self) -> usize {
+        let shared = self.shared.as_ref().map_or(0, |s| s.net.bytes() + s.gate.bytes());
+        self.gate.bytes() + self.experts.bytes() + shared
+    }
+}

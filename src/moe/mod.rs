@@ -1,0 +1,10 @@
+//! The mixture itself: routing as a value, the routers that make it, the layer that runs it, and what it costs.
+
+pub mod cost;
+mod layer;
+pub mod router;
+mod routing;
+
+pub use layer::{MoeLayer, SharedExpert};
+pub use router::{Policy, RouteCtx, StepTrace};
+pub use routing::{Routing, RoutingBuilder, RoutingError};

@@ -1,0 +1,110 @@
+//! Applies the policies of one step, layer by layer, and counts what they did.
+
+use super::gate::GateTable;
+use super::{GateView, Policy};
+use crate::moe::{Routing, RoutingBuilder, RoutingError};
+use crate::types::{MoeShape, TokenId};
+use std::sync::Arc;
+
+/// The tokens of one step, as routing needs them; one entry per token.
+#[derive(Clone, Debug, Default)]
+pub struct StepTokens {
+    pub token_t: Vec<TokenId>,
+    /// Position in its sequence.
+    pub position_t: Vec<u32>,
+    /// Index into the step's policies.
+    pub policy_t: Vec<u16>,
+}
+
+/// What routing did in one step, in counts; exact, and taken from values that are on the host anyway.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepTrace {
+    /// Σ over MoE layers of the experts each token used, `[T]`.
+    pub experts_t: Vec<u32>,
+    /// How often a (token, layer) used k experts, index k, `[E + 1]`.
+    pub k_histogram: Vec<u64>,
+    /// Tokens per expert, `[layers × E]`.
+    pub expert_tokens: Vec<u64>,
+    /// (layer, expert) pairs whose weights were read.
+    pub unique_experts: u64,
+    /// The same, had the tokens been routed natively.
+    pub unique_experts_native: u64,
+    /// Mean over the tokens of H(p) / log E per layer, `[layers]`.
+    pub entropy_l: Vec<f64>,
+}
+
+/// Routing state of one step: made before the forward pass, read after it.
+pub struct RouteCtx<'a> {
+    shape: MoeShape,
+    policies: &'a [Arc<Policy>],
+    step: &'a StepTokens,
+    /// Rows of each policy, `[policies]`.
+    rows_p: Vec<Vec<u32>>,
+    table: GateTable,
+    trace: StepTrace,
+}
+
+impl<'a> RouteCtx<'a> {
+    /// `policy_t` of `step` indexes `policies`.
+    pub fn new(shape: MoeShape, policies: &'a [Arc<Policy>], step: &'a StepTokens) -> Self {
+        let mut rows_p = vec![Vec::new(); policies.len()];
+        for (row, &policy) in step.policy_t.iter().enumerate() {
+            rows_p[policy as usize].push(row as u32);
+        }
+        let trace = StepTrace {
+            experts_t: vec![0; step.token_t.len()],
+            k_histogram: vec![0; shape.experts + 1],
+            expert_tokens: vec![0; shape.layers * shape.experts],
+            entropy_l: vec![0.0; shape.layers],
+            ..Default::default()
+        };
+        Self { shape, policies, step, rows_p, table: GateTable::default(), trace }
+    }
+
+    /// Routes MoE layer `layer` (counted among the MoE layers) by its gate's `logits_te`, `[T, E]`.
+    ///
+    /// # Errors
+    /// A router that breaks an invariant of [`Routing`].
+    pub fn route(&mut self, layer: usize, logits_te: &[f32]) -> Result<Routing, RoutingError> {
+        let tokens = self.step.token_t.len();
+        assert_eq!(logits_te.len(), tokens * self.shape.experts, "one logit per token and expert");
+        self.table.fill(logits_te, self.shape.experts);
+        let mut builder = RoutingBuilder::new(tokens, self.shape.experts);
+        for (policy, rows) in self.policies.iter().zip(&self.rows_p) {
+            if !rows.is_empty() {
+                let (table, step) = (&self.table, self.step);
+                policy.route(&GateView { layer, shape: &self.shape, table, step, rows }, &mut builder);
+            }
+        }
+        let routing = builder.finish(tokens)?;
+        self.count(layer, &routing);
+        Ok(routing)
+    }
+
+    fn count(&mut self, layer: usize, routing: &Routing) {
+        let experts = self.shape.experts;
+        let mut native_e = vec![false; experts];
+        let mut entropy = 0.0;
+        for t in 0..routing.tokens() {
+            let k = routing.token_rows(t).len();
+            self.trace.experts_t[t] += k as u32;
+            self.trace.k_histogram[k] += 1;
+            let (probs_e, order_e) = self.table.row(t);
+            order_e[..self.shape.top_k].iter().for_each(|&e| native_e[e as usize] = true);
+            let nats = probs_e.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum::<f32>();
+            entropy += f64::from(nats);
+        }
+        for e in 0..experts {
+            self.trace.expert_tokens[layer * experts + e] += routing.expert_rows(e).len() as u64;
+        }
+        self.trace.unique_experts += routing.unique_experts() as u64;
+        self.trace.unique_experts_native += native_e.iter().filter(|n| **n).count() as u64;
+        let nats_max = (experts.max(2) as f64).ln();
+        self.trace.entropy_l[layer] = entropy / nats_max / routing.tokens().max(1) as f64;
+    }
+
+    /// What was counted.
+    pub fn into_trace(self) -> StepTrace {
+        self.trace
+    }
+}

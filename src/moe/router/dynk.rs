@@ -1,0 +1,88 @@
+//! `dynk:τ`: as many experts as it takes to gather a share τ of the gate's probability.
+//!
+//! The rule is the cumulative-probability ("top-p") routing of Huang et al., "Harder Tasks Need More Experts"
+//! (arXiv 2403.07652), there trained in; here it is applied to a checkpoint trained with a fixed k0.
+
+use super::{GateView, Router, RouterEntry, TokenGate, choose_top};
+use crate::moe::RoutingBuilder;
+use crate::types::MoeShape;
+use std::ops::RangeInclusive;
+
+pub(super) const ENTRY: RouterEntry = RouterEntry {
+    name: "dynk",
+    usage: "dynk:τ[,mass=native|full][,min=a][,max=b]",
+    summary: "dynamic: the fewest experts that gather a share τ of the mass, which is the native top-k0's \
+              (mass=native, never costs more than native) or all experts' (mass=full, the literal rule, can cost more)",
+    formula: "k = min{k : p(1)+…+p(k) ≥ τ·m}, m = p(1)+…+p(k0) for mass=native, 1 for mass=full",
+    example: "dynk:0.8",
+    parse: |args, shape| {
+        let tau = args.share("τ", args.one_arg("τ")?)?;
+        let masses = [("native", Mass::Native), ("full", Mass::Full)];
+        let mass = args.option_of("mass", &masses)?.unwrap_or(Mass::Native);
+        let limit = mass.experts(shape);
+        let k = args.bounds(limit, limit)?;
+        Ok(Box::new(DynK { tau, mass, k }))
+    },
+};
+
+#[derive(Clone, Copy)]
+enum Mass {
+    Native,
+    Full,
+}
+
+impl Mass {
+    /// How many experts the mass is taken over.
+    fn experts(self, shape: &MoeShape) -> usize {
+        match self {
+            Self::Native => shape.top_k,
+            Self::Full => shape.experts,
+        }
+    }
+}
+
+struct DynK {
+    tau: f32,
+    mass: Mass,
+    k: RangeInclusive<usize>,
+}
+
+impl DynK {
+    fn k_of(&self, token: &TokenGate<'_>, experts: usize) -> usize {
+        // A softmax is positive everywhere, so the whole mass takes every expert, also where the last ones
+        // are too small to move a floating-point sum.
+        if self.tau == 1.0 {
+            return experts;
+        }
+        let p = |rank: usize| f64::from(token.probs_e[token.order_e[rank] as usize]);
+        let goal = f64::from(self.tau) * (0..experts).map(p).sum::<f64>();
+        let mut gathered = 0.0;
+        for rank in 0..experts {
+            gathered += p(rank);
+            if gathered >= goal {
+                return rank + 1;
+            }
+        }
+        experts
+    }
+}
+
+impl Router for DynK {
+    fn route(&self, gate: &GateView<'_>, out: &mut RoutingBuilder) {
+        let experts = self.mass.experts(gate.shape);
+        for token in gate.tokens() {
+            let k = self.k_of(&token, experts).clamp(*self.k.start(), *self.k.end());
+            choose_top(&token, k, out);
+        }
+    }
+
+    fn describe(&self, shape: &MoeShape) -> String {
+        let whose = match self.mass {
+            Mass::Native => format!("the top-{} weight", shape.top_k),
+            Mass::Full => {
+                format!("the probability of all {} experts (can exceed the own k = {})", shape.experts, shape.top_k)
+            }
+        };
+        format!("k in {}..={}, share {} of {whose}", self.k.start(), self.k.end(), self.tau)
+    }
+}

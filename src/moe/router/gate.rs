@@ -1,0 +1,131 @@
+//! The gate as routers see it: probabilities and order, computed once per layer for all of them.
+
+use super::StepTokens;
+use crate::types::{MoeShape, TokenId};
+
+/// Softmax of the gate over all experts and its descending order, for every token of the step.
+#[derive(Debug, Default)]
+pub(super) struct GateTable {
+    experts: usize,
+    probs_te: Vec<f32>,
+    order_te: Vec<u16>,
+}
+
+impl GateTable {
+    /// From logits `[T, E]`. A NaN logit never wins a place over a number; infinite ones share all
+    /// probability. Whatever comes in, probabilities are finite and some are positive.
+    pub(super) fn fill(&mut self, logits_te: &[f32], experts: usize) {
+        self.experts = experts;
+        self.probs_te.clear();
+        self.probs_te.extend_from_slice(logits_te);
+        self.order_te.clear();
+        for probs_e in self.probs_te.chunks_exact_mut(experts) {
+            softmax(probs_e);
+            let start = self.order_te.len();
+            self.order_te.extend(0..experts as u16);
+            // Equal probabilities: the lower index first. A total order, so the result is unique.
+            self.order_te[start..]
+                .sort_unstable_by(|&a, &b| probs_e[b as usize].total_cmp(&probs_e[a as usize]).then(a.cmp(&b)));
+        }
+    }
+
+    pub(super) fn row(&self, t: usize) -> (&[f32], &[u16]) {
+        let span = t * self.experts..(t + 1) * self.experts;
+        (&self.probs_te[span.clone()], &self.order_te[span])
+    }
+}
+
+fn softmax(z_e: &mut [f32]) {
+    let max = z_e.iter().copied().filter(|z| !z.is_nan()).fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    for z in z_e.iter_mut() {
+        *z = match () {
+            _ if z.is_nan() => 0.0,
+            _ if *z == max => 1.0,
+            _ if max.is_infinite() => 0.0,
+            _ => (*z - max).exp(),
+        };
+        sum += *z;
+    }
+    if sum == 0.0 {
+        // Every logit was NaN: nothing is known, so nothing is preferred.
+        let equal = 1.0 / z_e.len() as f32;
+        z_e.fill(equal);
+        return;
+    }
+    for z in z_e.iter_mut() {
+        *z /= sum;
+    }
+}
+
+/// The gate of one layer for the tokens that one policy routes.
+pub struct GateView<'a> {
+    /// Index among the model's MoE layers.
+    pub layer: usize,
+    pub shape: &'a MoeShape,
+    pub(super) table: &'a GateTable,
+    pub(super) step: &'a StepTokens,
+    /// Rows of the step this policy routes.
+    pub(super) rows: &'a [u32],
+}
+
+/// One token's gate.
+pub struct TokenGate<'a> {
+    /// Row of the token in the step.
+    pub row: usize,
+    /// Softmax over all experts, `[E]`.
+    pub probs_e: &'a [f32],
+    /// Experts, most probable first, `[E]`.
+    pub order_e: &'a [u16],
+    /// Position in its sequence.
+    pub position: u32,
+    pub token: TokenId,
+}
+
+impl TokenGate<'_> {
+    /// How many experts have at least probability `floor`.
+    pub fn count_at_least(&self, floor: f32) -> usize {
+        self.order_e.partition_point(|&e| self.probs_e[e as usize] >= floor)
+    }
+}
+
+impl GateView<'_> {
+    /// The tokens to route.
+    pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
+        self.rows.iter().map(|&row| {
+            let row = row as usize;
+            let (probs_e, order_e) = self.table.row(row);
+            let (position, token) = (self.step.position_t[row], self.step.token_t[row]);
+            TokenGate { row, probs_e, order_e, position, token }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_logits_give_finite_probabilities_and_a_total_order() {
+        let (inf, nan) = (f32::INFINITY, f32::NAN);
+        for (logits, first) in [
+            ([1.0, 3.0, 2.0, 3.0], 1),
+            ([nan, 0.0, nan, -1.0], 1),
+            ([nan, nan, nan, nan], 0),
+            ([0.0, inf, 1.0, inf], 1),
+            ([-inf, -inf, -inf, 0.0], 3),
+            ([-inf, -inf, nan, -inf], 0),
+            ([f32::MAX, f32::MIN, 0.0, 0.0], 0),
+        ] {
+            let mut table = GateTable::default();
+            table.fill(&logits, 4);
+            let (probs, order) = table.row(0);
+            assert!(probs.iter().all(|p| p.is_finite() && *p >= 0.0), "{logits:?}: {probs:?}");
+            assert!((probs.iter().sum::<f32>() - 1.0).abs() < 1e-6, "{logits:?}: {probs:?}");
+            assert_eq!(order[0], first, "{logits:?}: {probs:?}");
+            let mut sorted = order.to_vec();
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2, 3]);
+        }
+    }
+}

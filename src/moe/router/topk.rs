@@ -1,0 +1,31 @@
+//! `topk:K`: the same number of experts for every token and layer, the static control.
+
+use super::{GateView, Router, RouterEntry, choose_top};
+use crate::moe::RoutingBuilder;
+use crate::types::MoeShape;
+
+pub(super) const ENTRY: RouterEntry = RouterEntry {
+    name: "topk",
+    usage: "topk:K",
+    summary: "static: the K most probable experts",
+    formula: "k = K",
+    example: "topk:1",
+    parse: |args, shape| {
+        let k = args.count("K", args.one_arg("K")?, 1..=shape.experts)?;
+        Ok(Box::new(TopK { k }))
+    },
+};
+
+struct TopK {
+    k: usize,
+}
+
+impl Router for TopK {
+    fn route(&self, gate: &GateView<'_>, out: &mut RoutingBuilder) {
+        gate.tokens().for_each(|token| choose_top(&token, self.k, out));
+    }
+
+    fn describe(&self, shape: &MoeShape) -> String {
+        format!("k = {} of {} experts (the checkpoint's own: {})", self.k, shape.experts, shape.top_k)
+    }
+}

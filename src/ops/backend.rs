@@ -1,0 +1,82 @@
+//! Which device and dtype the model runs on.
+
+use crate::types::{DeviceChoice, DtypeChoice};
+use candle_core::{DType, Device};
+
+/// A device and the dtype that weights are kept in.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    pub(super) device: Device,
+    dtype: DType,
+}
+
+/// Why no backend fits the choices.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    #[error(
+        "--device {0}: this binary was built without CUDA; build it with `cargo build --release --features cuda` or \
+         use --device cpu"
+    )]
+    NotBuilt(DeviceChoice),
+    #[error("--device {0}: no such CUDA device could be opened ({1}); use --device cpu or check the driver")]
+    NoDevice(DeviceChoice, String),
+    #[error("the checkpoint stores its weights as {0:?}; supported are BF16, F16 and F32")]
+    Stored(DType),
+}
+
+impl Backend {
+    /// Resolves what was asked for against this build, this machine and the dtype the checkpoint is `stored` in.
+    ///
+    /// # Errors
+    /// A CUDA device that was asked for by name and is not there; a stored dtype that is not a float of 16 or 32 bits.
+    pub fn select(device: DeviceChoice, dtype: DtypeChoice, stored: DType) -> Result<Self, BackendError> {
+        let dtype = match (dtype, stored) {
+            (DtypeChoice::Bf16, _) => DType::BF16,
+            (DtypeChoice::F16, _) => DType::F16,
+            (DtypeChoice::F32, _) => DType::F32,
+            (DtypeChoice::Auto, DType::BF16 | DType::F16 | DType::F32) => stored,
+            (DtypeChoice::Auto, other) => return Err(BackendError::Stored(other)),
+        };
+        Ok(Self { device: open(device)?, dtype })
+    }
+
+    /// The CPU with weights kept as `dtype`.
+    pub fn cpu(dtype: DType) -> Self {
+        Self { device: Device::Cpu, dtype }
+    }
+
+    /// Where tensors live.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What weights are kept in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `cpu (AVX-512 BF16, 2 threads)`, `cuda:0`.
+    pub fn describe(&self) -> String {
+        match self.device.location() {
+            candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+            _ => super::cpu::describe(),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open(choice: DeviceChoice) -> Result<Device, BackendError> {
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Cuda(n) => Device::new_cuda(n).map_err(|e| BackendError::NoDevice(choice, e.to_string())),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open(choice: DeviceChoice) -> Result<Device, BackendError> {
+    match choice {
+        DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Device::Cpu),
+        DeviceChoice::Cuda(_) => Err(BackendError::NotBuilt(choice)),
+    }
+}

@@ -1,0 +1,97 @@
+//! CPU kernels: weights packed at load, activations f32, every output summed over its inputs in one fixed
+//! order, so that neither the number of rows nor of threads changes a bit.
+
+mod attention;
+mod experts;
+mod isa;
+mod kernel;
+mod norm;
+mod pack;
+
+pub(super) use attention::KvStore;
+pub(super) use experts::{PackedSwiglu, grouped_swiglu, swiglu};
+pub(super) use isa::describe;
+pub(super) use norm::{rms_norm, rotate};
+pub(super) use pack::PackedMatrix;
+
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
+use kernel::Rows;
+use rayon::prelude::*;
+
+/// A contiguous f32 tensor's elements, copied.
+pub(super) fn host_f32(x: &Tensor) -> Result<Vec<f32>> {
+    with_f32(x, <[f32]>::to_vec)
+}
+
+/// Lends the elements of a contiguous f32 CPU tensor.
+fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => candle_core::bail!("a contiguous f32 CPU tensor was expected, got {:?} {:?}", x.dtype(), layout),
+    }
+}
+
+/// `x [T, I] → [T, O]`.
+pub(super) fn linear(x: &Tensor, w: &PackedMatrix) -> Result<Tensor> {
+    let (tokens, inputs) = x.dims2()?;
+    if inputs != w.inputs() {
+        candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
+    }
+    let mut y = vec![0.0; tokens * w.outputs()];
+    with_f32(x, |x| kernel::matmul(&Rows::new(x, w), w, &mut y))?;
+    Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
+}
+
+/// Rows `ids` of `w`, unpacked.
+pub(super) fn embed(ids: &[u32], w: &PackedMatrix) -> Result<Tensor> {
+    let width = w.inputs();
+    let mut y = vec![0.0; ids.len() * width];
+    for (row, id) in y.chunks_exact_mut(width).zip(ids) {
+        w.unpack_row(*id as usize, row);
+    }
+    Tensor::from_vec(y, (ids.len(), width), &Device::Cpu)
+}
+
+/// Below this many FLOPs a parallel region costs more than it saves.
+const PARALLEL_FLOPS_MIN: usize = 1 << 20;
+
+/// Runs `f` for every item of `0..items`, on all threads when `flops` in all are worth it.
+fn for_each(items: usize, flops: usize, f: impl Fn(usize) + Sync + Send) {
+    if items > 1 && flops >= PARALLEL_FLOPS_MIN {
+        (0..items).into_par_iter().with_max_len(1).for_each(f);
+    } else {
+        (0..items).for_each(f);
+    }
+}
+
+/// A mutable buffer that work items write disjoint parts of.
+#[derive(Clone, Copy)]
+struct SharedOut {
+    start: *mut f32,
+    len: usize,
+}
+
+// SAFETY: work items write disjoint ranges only; see the calls of `slice`.
+unsafe impl Send for SharedOut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOut {}
+
+impl SharedOut {
+    fn new(out: &mut [f32]) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.len() }
+    }
+
+    /// The elements from `at` on.
+    ///
+    /// # Safety
+    /// No two work items may write the same element, and none may outlive the buffer.
+    unsafe fn from(self, at: usize) -> *mut f32 {
+        debug_assert!(at <= self.len);
+        // SAFETY: `at` is within the buffer or one past it.
+        unsafe { self.start.add(at) }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,38 @@
+//! RMS norm and rotary embedding, in place.
+
+use super::isa::multiversion;
+
+multiversion!(pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_body);
+
+#[inline(always)]
+fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32) {
+    for row in x.chunks_exact_mut(weight.len()) {
+        let mut lanes = [0.0f32; 16];
+        let chunks = row.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
+        for chunk in chunks {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v * v);
+        }
+        let mean = (lanes.iter().sum::<f32>() + rest) / row.len() as f32;
+        let scale = 1.0 / (mean + eps).sqrt();
+        row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
+    }
+}
+
+/// Rotates every head of `x [T, heads·hd]` by its token's position; tables are `[positions, hd/2]`.
+pub(crate) fn rotate(x: &mut [f32], position_t: &[u32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+    let half = head_dim / 2;
+    let width = x.len() / position_t.len().max(1);
+    for (row, &position) in x.chunks_exact_mut(width.max(1)).zip(position_t) {
+        let at = position as usize * half;
+        let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
+        for head in row.chunks_exact_mut(head_dim) {
+            let (low, high) = head.split_at_mut(half);
+            for i in 0..half {
+                let (a, b) = (low[i], high[i]);
+                low[i] = a * cos[i] - b * sin[i];
+                high[i] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
+}

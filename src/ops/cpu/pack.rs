@@ -1,0 +1,125 @@
+//! Weights in the order the kernels read them.
+//!
+//! A `[O, I]` matrix is cut into panels of [`NR`] outputs. Within a panel, input after input holds its NR
+//! weights side by side (bf16: pairs of inputs, as the dot-product instruction wants them), so that a kernel
+//! streams a panel front to back. The last panel is padded with zeros.
+
+use crate::ops::HostTensor;
+use candle_core::DType;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Outputs per panel: two AVX-512 registers.
+pub(super) const NR: usize = 32;
+
+/// A packed weight matrix.
+#[derive(Debug)]
+pub(crate) struct PackedMatrix {
+    outputs: usize,
+    inputs: usize,
+    data: Data,
+}
+
+#[derive(Debug)]
+pub(super) enum Data {
+    /// `[panels, I, NR]`
+    F32(Vec<f32>),
+    /// `[panels, I/2 rounded up, NR]`, two bf16 a word: the even input in the low half.
+    Bf16(Vec<u32>),
+    /// `[panels, I, NR]`
+    F16(Vec<u16>),
+}
+
+impl PackedMatrix {
+    /// Packs a `[O, I]` matrix as `dtype` (BF16, F16, F32), rounding to nearest even where that narrows.
+    pub(crate) fn pack(weight: &HostTensor, dtype: DType) -> Self {
+        Self::interleave(&[weight], dtype)
+    }
+
+    /// Packs several matrices of one shape with their panels taking turns: panel 0 of each, panel 1 of each, …
+    pub(super) fn interleave(weights: &[&HostTensor], dtype: DType) -> Self {
+        let (rows, inputs) = weights[0].dims2();
+        let panels = rows.div_ceil(NR) * weights.len();
+        // Interleaved panels are addressed as panels, so their padding counts.
+        let outputs = if weights.len() == 1 { rows } else { panels * NR };
+        let data = match dtype {
+            DType::F32 => Data::F32(fill(panels, inputs * NR, weights, |x, at, out: &mut f32| *out = x[at])),
+            DType::F16 => Data::F16(fill(panels, inputs * NR, weights, |x, at, out: &mut u16| {
+                *out = f16::from_f32(x[at]).to_bits()
+            })),
+            _ => Data::Bf16(fill(panels, inputs.div_ceil(2) * NR, weights, |x, at, out: &mut u32| {
+                let bits = |i: usize| x.get(i).map_or(0, |v| u32::from(bf16::from_f32(*v).to_bits()));
+                *out = bits(2 * at) | bits(2 * at + 1) << 16;
+            })),
+        };
+        Self { outputs, inputs, data }
+    }
+
+    /// O; of interleaved matrices all columns of all panels.
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// I.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes the weights take, padding included.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(w) => w.len() * 4,
+            Data::Bf16(w) => w.len() * 4,
+            Data::F16(w) => w.len() * 2,
+        }
+    }
+
+    pub(super) fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// Words of one panel.
+    pub(super) fn panel_len(&self) -> usize {
+        match self.data {
+            Data::Bf16(_) => self.inputs.div_ceil(2) * NR,
+            _ => self.inputs * NR,
+        }
+    }
+
+    /// Row `o` of the matrix as f32, `[I]`.
+    pub(super) fn unpack_row(&self, o: usize, out: &mut [f32]) {
+        let start = o / NR * self.panel_len() + o % NR;
+        for (i, value) in out.iter_mut().enumerate() {
+            *value = match &self.data {
+                Data::F32(w) => w[start + i * NR],
+                Data::F16(w) => f16::from_bits(w[start + i * NR]).to_f32(),
+                Data::Bf16(w) => bf16::from_bits((w[start + i / 2 * NR] >> (16 * (i % 2))) as u16).to_f32(),
+            };
+        }
+    }
+}
+
+/// Fills panels with `put(row, place within the row, word)`.
+fn fill<W: Copy + Default + Send>(
+    panels: usize,
+    panel_len: usize,
+    weights: &[&HostTensor],
+    put: impl Fn(&[f32], usize, &mut W) + Sync,
+) -> Vec<W> {
+    let (rows, inputs) = weights[0].dims2();
+    let mut words = vec![W::default(); panels * panel_len];
+    words.par_chunks_exact_mut(panel_len.max(1)).enumerate().for_each_init(
+        || vec![0.0; inputs],
+        |row, (p, panel)| {
+            let weight = weights[p % weights.len()];
+            let first = p / weights.len() * NR;
+            for column in 0..NR.min(rows - first) {
+                weight.read_f32((first + column) * inputs, row);
+                for (at, word) in panel[column..].iter_mut().step_by(NR).enumerate() {
+                    put(row, at, word);
+                }
+            }
+        },
+    );
+    words
+}

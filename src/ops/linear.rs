@@ -1,0 +1,93 @@
+//! Projections and embeddings.
+
+use super::{Backend, HostTensor, cpu};
+use candle_core::{DType, Result, Tensor};
+use std::sync::Arc;
+
+/// `y = x·Wᵀ + b`, with W packed for the backend's kernel.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug)]
+enum Weight {
+    Cpu(cpu::PackedMatrix),
+    #[cfg(feature = "cuda")]
+    Cuda(super::cuda::Dense),
+}
+
+impl Linear {
+    /// W is `[O, I]`, b is `[O]`.
+    pub fn new(weight: &HostTensor, bias: Option<&HostTensor>, backend: &Backend) -> Result<Self> {
+        Self::with_dtype(weight, bias, backend, backend.dtype())
+    }
+
+    /// Like [`Self::new`] in f32 whatever the backend's dtype: for gates, whose choices must not hang on rounding.
+    pub fn full_precision(weight: &HostTensor, backend: &Backend) -> Result<Self> {
+        Self::with_dtype(weight, None, backend, DType::F32)
+    }
+
+    fn with_dtype(weight: &HostTensor, bias: Option<&HostTensor>, backend: &Backend, dtype: DType) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if backend.device.is_cuda() {
+            let bias = bias.map(|b| b.to_tensor(dtype, &backend.device)).transpose()?;
+            let weight = Weight::Cuda(super::cuda::Dense::new(weight.to_tensor(dtype, &backend.device)?));
+            return Ok(Self { weight, bias });
+        }
+        let bias = bias.map(|b| b.to_tensor(DType::F32, &backend.device)).transpose()?;
+        Ok(Self { weight: Weight::Cpu(cpu::PackedMatrix::pack(weight, dtype)), bias })
+    }
+
+    /// `x [T, I] → [T, O]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = match &self.weight {
+            Weight::Cpu(w) => cpu::linear(x, w)?,
+            #[cfg(feature = "cuda")]
+            Weight::Cuda(w) => w.forward(x)?,
+        };
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    /// Bytes the weight takes.
+    pub fn bytes(&self) -> usize {
+        match &self.weight {
+            Weight::Cpu(w) => w.bytes(),
+            #[cfg(feature = "cuda")]
+            Weight::Cuda(w) => w.bytes(),
+        }
+    }
+}
+
+/// Token embeddings: rows of a matrix, which with tied embeddings is the LM head's.
+#[derive(Debug)]
+pub struct Embedding {
+    table: Arc<Linear>,
+    vocab: usize,
+}
+
+impl Embedding {
+    /// The rows of `table`, which is `[vocab, D]`.
+    pub fn new(table: Arc<Linear>, vocab: usize) -> Self {
+        Self { table, vocab }
+    }
+
+    /// `ids [T] → [T, D]`.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary.
+    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab) {
+            candle_core::bail!("token id {id} is outside the vocabulary of {}", self.vocab);
+        }
+        match &self.table.weight {
+            Weight::Cpu(w) => cpu::embed(ids, w),
+            #[cfg(feature = "cuda")]
+            Weight::Cuda(w) => w.rows(ids),
+        }
+    }
+}

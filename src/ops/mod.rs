@@ -1,0 +1,45 @@
+//! THE CPU/CUDA seam. Model code holds these objects and tensors; weight layouts and kernels stay in here.
+//!
+//! `reference` is plain and obviously right, and what the fast paths are tested against. `cpu` packs weights
+//! at load into its kernels' layout and keeps activations in f32; `cuda` keeps candle tensors in the chosen
+//! dtype. In both, a token's result does not depend on the other tokens of the step.
+//!
+//! Legend: T tokens in the step, I/O a projection's widths, D model width, F expert width, R routed rows.
+
+mod backend;
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod experts;
+mod host;
+mod kv;
+mod linear;
+mod norm;
+pub mod reference;
+mod rotary;
+
+pub use backend::{Backend, BackendError};
+pub use experts::{Experts, ExpertsBuilder, Swiglu};
+pub use host::HostTensor;
+pub use kv::{KvCache, KvShape, Segment, StepLayout, attention};
+pub use linear::{Embedding, Linear};
+pub use norm::RmsNorm;
+pub use rotary::Rotary;
+
+use candle_core::{DType, Result, Tensor};
+
+/// Copies a tensor to the host as f32, row-major. On CUDA this waits for the device.
+pub fn to_host(x: &Tensor) -> Result<Vec<f32>> {
+    x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// Rows `rows` of `x`, `[T, D] → [rows, D]`.
+pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    let rows = Tensor::new(rows, x.device())?;
+    x.index_select(&rows, 0)
+}
+
+/// `x · sigmoid(gate)` row by row: `x [T, D]`, `gate [T, 1]`.
+pub fn sigmoid_gated(x: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    x.broadcast_mul(&candle_nn::ops::sigmoid(&gate.to_dtype(x.dtype())?)?)
+}

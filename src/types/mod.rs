@@ -1,0 +1,23 @@
+//! Plain values shared by every module: ids, requests that are valid by construction, and the
+//! parsed (not yet resolved) command-line choices. Knows neither candle nor tokio.
+
+mod choice;
+mod request;
+mod router_spec;
+mod shape;
+
+pub use choice::{DeviceChoice, DtypeChoice};
+pub use request::{FinishReason, GenerateRequest, LimitError, Limits, RequestMoe, SamplingParams, Usage};
+pub use router_spec::{RouterSpec, SpecError};
+pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
+
+/// A token of the checkpoint's vocabulary.
+pub type TokenId = u32;
+
+/// One sequence in the engine; unique for the life of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeqId(pub u64);
+
+/// A block of the paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);

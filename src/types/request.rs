@@ -1,0 +1,264 @@
+//! A generation request that has been validated: whoever holds one need not check it again.
+
+use super::{RouterSpec, TokenId};
+
+/// How the next token is drawn. Fields hold values that [`GenerateRequest::check`] accepted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus: the smallest set of tokens whose probability reaches this; 1 is off.
+    pub top_p: f32,
+    /// The k most likely tokens; 0 is off.
+    pub top_k: u32,
+    /// Tokens of at least this share of the most likely token's probability; 0 is off.
+    pub min_p: f32,
+    /// Subtracted once from the logit of every token already generated.
+    pub presence_penalty: f32,
+    /// Subtracted for every time a token was already generated.
+    pub frequency_penalty: f32,
+    /// Divides (or, below zero, multiplies) the logit of tokens in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Draws are reproducible with it; without, every request draws anew.
+    pub seed: Option<u64>,
+}
+
+impl Default for SamplingParams {
+    /// OpenAI's defaults.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: None,
+        }
+    }
+}
+
+/// One prompt to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateRequest {
+    /// Not empty; every id is in the vocabulary.
+    pub prompt: Vec<TokenId>,
+    /// At least 1; prompt and completion together fit the context.
+    pub max_tokens: usize,
+    /// No end by EOS or a stop before this many tokens.
+    pub min_tokens: usize,
+    pub sampling: SamplingParams,
+    /// Texts that end the completion; never part of it.
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<TokenId>,
+    pub ignore_eos: bool,
+    /// Whether special tokens are left out of the text.
+    pub skip_special_tokens: bool,
+    /// Router of this request alone; the server's own without it.
+    pub router: Option<RouterSpec>,
+}
+
+/// What a request may ask of this server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub vocab: usize,
+    /// Prompt and completion together.
+    pub max_model_len: usize,
+}
+
+/// Stop strings accepted in one request, as OpenAI's API has it.
+const STOP_STRINGS_MAX: usize = 4;
+/// Bytes of one stop string.
+const STOP_BYTES_MAX: usize = 256;
+/// Stop token ids accepted in one request.
+const STOP_IDS_MAX: usize = 64;
+
+/// A parameter outside its limits.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct LimitError {
+    pub param: &'static str,
+    pub message: String,
+}
+
+fn within(param: &'static str, value: f32, low: f32, high: f32) -> Result<(), LimitError> {
+    if value >= low && value <= high {
+        return Ok(());
+    }
+    let message = format!("{param} must be between {low} and {high}; got {value}");
+    Err(LimitError { param, message })
+}
+
+impl GenerateRequest {
+    /// A greedy request for `max_tokens` tokens after `prompt`.
+    pub fn greedy(prompt: Vec<TokenId>, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            min_tokens: 0,
+            sampling: SamplingParams { temperature: 0.0, ..Default::default() },
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            skip_special_tokens: true,
+            router: None,
+        }
+    }
+
+    /// Checks every field against its own range and the server's `limits`.
+    ///
+    /// # Errors
+    /// The first field that is out of range, with the limit and what was given.
+    pub fn check(&self, limits: &Limits) -> Result<(), LimitError> {
+        let refuse = |param, message| Err(LimitError { param, message });
+        let (n, max) = (self.prompt.len(), limits.max_model_len);
+        if n == 0 {
+            return refuse("prompt", "prompt is empty: it must hold at least one token".into());
+        }
+        if n >= max {
+            let message = format!(
+                "prompt has {n} tokens, but the context of this model is {max} tokens and one is needed for the \
+                 completion: shorten the prompt to at most {} tokens",
+                max - 1
+            );
+            return refuse("prompt", message);
+        }
+        if let Some(id) = self.prompt.iter().find(|&&id| id as usize >= limits.vocab) {
+            let last = limits.vocab - 1;
+            return refuse("prompt", format!("prompt holds token id {id}; ids of this model are 0 to {last}"));
+        }
+        if self.max_tokens == 0 || self.max_tokens > max - n {
+            let message = format!(
+                "max_tokens must be between 1 and {} (context of {max} tokens less {n} of the prompt); got {}",
+                max - n,
+                self.max_tokens
+            );
+            return refuse("max_tokens", message);
+        }
+        if self.min_tokens > self.max_tokens {
+            let (min, max) = (self.min_tokens, self.max_tokens);
+            return refuse("min_tokens", format!("min_tokens must be at most max_tokens ({max}); got {min}"));
+        }
+        self.sampling.check()?;
+        self.check_stops(limits)
+    }
+
+    fn check_stops(&self, limits: &Limits) -> Result<(), LimitError> {
+        let refuse = |param, message| Err(LimitError { param, message });
+        let n = self.stop.len();
+        if n > STOP_STRINGS_MAX {
+            return refuse("stop", format!("stop takes at most {STOP_STRINGS_MAX} strings; got {n}"));
+        }
+        for stop in &self.stop {
+            let n = stop.len();
+            if n == 0 || n > STOP_BYTES_MAX {
+                return refuse("stop", format!("a stop string must have 1 to {STOP_BYTES_MAX} bytes; got {n}"));
+            }
+        }
+        let n = self.stop_token_ids.len();
+        if n > STOP_IDS_MAX {
+            return refuse("stop_token_ids", format!("stop_token_ids takes at most {STOP_IDS_MAX} ids; got {n}"));
+        }
+        if let Some(id) = self.stop_token_ids.iter().find(|&&id| id as usize >= limits.vocab) {
+            let message = format!("stop_token_ids holds {id}; ids of this model are 0 to {}", limits.vocab - 1);
+            return refuse("stop_token_ids", message);
+        }
+        Ok(())
+    }
+}
+
+impl SamplingParams {
+    fn check(&self) -> Result<(), LimitError> {
+        within("temperature", self.temperature, 0.0, 2.0)?;
+        within("top_p", self.top_p, 0.0, 1.0)?;
+        if self.top_p == 0.0 {
+            let message = "top_p must be above 0 and at most 1; for greedy decoding use temperature 0".into();
+            return Err(LimitError { param: "top_p", message });
+        }
+        within("min_p", self.min_p, 0.0, 1.0)?;
+        within("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+    }
+}
+
+/// Why a completion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// EOS, a stop token or a stop string.
+    Stop,
+    /// `max_tokens` were generated.
+    Length,
+}
+
+impl FinishReason {
+    /// The API's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What the routing of one request came to. Ratios are against native routing of the same tokens and
+/// below zero when the router cost more than it saved.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RequestMoe {
+    /// Mean over tokens and MoE layers.
+    pub experts_per_token: f64,
+    /// Scope `experts`: expert FFNs only.
+    pub expert_flops_saved: f64,
+    /// Scope `forward`: all matrix products.
+    pub forward_flops_saved: f64,
+}
+
+/// What a finished request used.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub moe: RequestMoe,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_limit_names_the_field_the_limit_and_the_value() {
+        let limits = Limits { vocab: 100, max_model_len: 32 };
+        let ok = GenerateRequest::greedy(vec![1, 2, 3], 8);
+        assert_eq!(ok.check(&limits), Ok(()));
+        let sampling = |edit: fn(&mut SamplingParams)| {
+            let mut request = ok.clone();
+            edit(&mut request.sampling);
+            request
+        };
+        let cases: Vec<(GenerateRequest, &str, &str)> = vec![
+            (GenerateRequest { prompt: vec![], ..ok.clone() }, "prompt", "at least one token"),
+            (GenerateRequest { prompt: vec![1; 32], ..ok.clone() }, "prompt", "at most 31 tokens"),
+            (GenerateRequest { prompt: vec![100], ..ok.clone() }, "prompt", "0 to 99"),
+            (GenerateRequest { max_tokens: 0, ..ok.clone() }, "max_tokens", "got 0"),
+            (GenerateRequest { max_tokens: 30, ..ok.clone() }, "max_tokens", "between 1 and 29"),
+            (GenerateRequest { min_tokens: 9, ..ok.clone() }, "min_tokens", "got 9"),
+            (sampling(|s| s.temperature = 2.5), "temperature", "between 0 and 2; got 2.5"),
+            (sampling(|s| s.temperature = f32::NAN), "temperature", "NaN"),
+            (sampling(|s| s.top_p = 0.0), "top_p", "above 0"),
+            (sampling(|s| s.min_p = -0.1), "min_p", "got -0.1"),
+            (sampling(|s| s.presence_penalty = 3.0), "presence_penalty", "got 3"),
+            (sampling(|s| s.frequency_penalty = -3.0), "frequency_penalty", "got -3"),
+            (sampling(|s| s.repetition_penalty = 0.0), "repetition_penalty", "got 0"),
+            (GenerateRequest { stop: vec!["a".into(); 5], ..ok.clone() }, "stop", "at most 4"),
+            (GenerateRequest { stop: vec![String::new()], ..ok.clone() }, "stop", "1 to 256"),
+            (GenerateRequest { stop_token_ids: vec![100], ..ok.clone() }, "stop_token_ids", "0 to 99"),
+            (GenerateRequest { stop_token_ids: vec![1; 65], ..ok.clone() }, "stop_token_ids", "at most 64"),
+        ];
+        for (request, param, text) in cases {
+            let error = request.check(&limits).unwrap_err();
+            assert_eq!(error.param, param);
+            assert!(error.message.contains(text), "{param}: {}", error.message);
+        }
+    }
+}
