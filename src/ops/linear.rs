@@ -76,6 +76,11 @@ impl Embedding {
         Self { table, vocab }
     }
 
+    /// Bytes the table takes.
+    pub fn bytes(&self) -> usize {
+        self.table.bytes()
+    }
+
     /// `ids [T] → [T, D]`.
     ///
     /// # Errors

@@ -1,0 +1,133 @@
+//! The decoder that all families are variants of: attention and feed-forward with residuals around them.
+
+use crate::moe::{MoeLayer, RouteCtx};
+use crate::ops::{self, Backend, Embedding, KvCache, Linear, RmsNorm, Rotary, StepLayout, Swiglu};
+use crate::types::{ModelShape, TokenId};
+use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+/// A loaded causal language model. Immutable: KV and routing state are arguments of [`CausalLm::forward`].
+#[derive(Debug)]
+pub struct CausalLm {
+    pub(super) shape: ModelShape,
+    pub(super) backend: Backend,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<DecoderLayer>,
+    pub(super) norm: RmsNorm,
+    /// The embedding's own table where the two are tied.
+    pub(super) lm_head: Arc<Linear>,
+    pub(super) rotary: Rotary,
+    pub(super) tied: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct DecoderLayer {
+    pub attention_norm: RmsNorm,
+    pub attention: Attention,
+    pub ffn_norm: RmsNorm,
+    pub ffn: Ffn,
+}
+
+#[derive(Debug)]
+pub(super) enum Ffn {
+    Dense(Swiglu),
+    Moe(MoeLayer),
+}
+
+#[derive(Debug)]
+pub(super) struct Attention {
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub q_norm: Option<RmsNorm>,
+    pub k_norm: Option<RmsNorm>,
+    /// q, k and v are clamped to ± this (OLMoE).
+    pub clip: Option<f64>,
+    pub window: Option<usize>,
+}
+
+/// Some tokens of some sequences.
+pub struct StepInput<'a> {
+    /// `[T]`
+    pub tokens: &'a [TokenId],
+    pub layout: &'a StepLayout,
+    /// Rows whose logits are wanted.
+    pub logit_rows: &'a [u32],
+}
+
+impl CausalLm {
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    pub fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// Runs one step and returns the logits of `logit_rows`, `[rows, vocab]`, or nothing if none are wanted.
+    /// Keys and values go to `kv`; `routes` decides and counts the routing.
+    ///
+    /// # Errors
+    /// A failure of the device, or a router that breaks an invariant.
+    pub fn forward(&self, step: &StepInput<'_>, kv: &mut KvCache, routes: &mut RouteCtx<'_>) -> Result<Option<Tensor>> {
+        let mut x = self.embedding.forward(step.tokens)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let attended = self.attend(i, &layer.attention, &layer.attention_norm.forward(&x)?, step.layout, kv)?;
+            x = (x + attended)?;
+            let normed = layer.ffn_norm.forward(&x)?;
+            let out = match &layer.ffn {
+                Ffn::Dense(net) => net.forward(&normed)?,
+                Ffn::Moe(moe) => moe.forward(&normed, routes)?,
+            };
+            x = (x + out)?;
+        }
+        if step.logit_rows.is_empty() {
+            return Ok(None);
+        }
+        // The LM head is the largest matrix of a small model: only the rows that are sampled pass it.
+        let x = ops::select_rows(&x, step.logit_rows)?;
+        self.lm_head.forward(&self.norm.forward(&x)?).map(Some)
+    }
+
+    fn attend(&self, layer: usize, a: &Attention, x: &Tensor, layout: &StepLayout, kv: &mut KvCache) -> Result<Tensor> {
+        let (mut q, mut k, mut v) = (a.q.forward(x)?, a.k.forward(x)?, a.v.forward(x)?);
+        if let (Some(q_norm), Some(k_norm)) = (&a.q_norm, &a.k_norm) {
+            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+        }
+        if let Some(clip) = a.clip {
+            (q, k, v) = (q.clamp(-clip, clip)?, k.clamp(-clip, clip)?, v.clamp(-clip, clip)?);
+        }
+        let (q, k) = (self.rotary.forward(&q, layout)?, self.rotary.forward(&k, layout)?);
+        a.o.forward(&ops::attention(&q, &k, &v, layer, a.window, kv, layout)?)
+    }
+
+    /// Bytes the weights take.
+    pub fn bytes(&self) -> usize {
+        let head = if self.tied { 0 } else { self.lm_head.bytes() };
+        let layers: usize = self.layers.iter().map(DecoderLayer::bytes).sum();
+        self.embedding.bytes() + head + layers + self.norm.bytes()
+    }
+
+    /// Bytes of one routed expert's weights.
+    pub fn expert_bytes(&self) -> usize {
+        let moe = self.layers.iter().find_map(|layer| match &layer.ffn {
+            Ffn::Moe(moe) => Some(moe.experts.bytes()),
+            Ffn::Dense(_) => None,
+        });
+        moe.unwrap_or(0) / self.shape.moe.experts
+    }
+}
+
+impl DecoderLayer {
+    fn bytes(&self) -> usize {
+        let a = &self.attention;
+        let norms = [Some(&self.attention_norm), Some(&self.ffn_norm), a.q_norm.as_ref(), a.k_norm.as_ref()];
+        let norms: usize = norms.into_iter().flatten().map(RmsNorm::bytes).sum();
+        let ffn = match &self.ffn {
+            Ffn::Dense(net) => net.bytes(),
+            Ffn::Moe(moe) => moe.bytes(),
+        };
+        a.q.bytes() + a.k.bytes() + a.v.bytes() + a.o.bytes() + norms + ffn
+    }
+}

@@ -1,0 +1,271 @@
+//! Finds a checkpoint's files: in a directory, in the Hugging Face cache, or on the hub.
+//!
+//! Uses hf-hub 0.5 (ureq and rustls: a few small crates) rather than 1.x, whose hf-xet brings a second HTTP stack
+//! and an async runtime for a chunked transfer that needs the hub's own servers. Both share the Python cache.
+
+use super::LoadError;
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// The files of one checkpoint.
+#[derive(Clone, Debug)]
+pub struct Files {
+    pub config: PathBuf,
+    pub generation_config: Option<PathBuf>,
+    pub tokenizer: PathBuf,
+    pub tokenizer_config: Option<PathBuf>,
+    /// One safetensors file, or all shards.
+    pub weights: Vec<PathBuf>,
+}
+
+/// Where and how to look.
+#[derive(Clone, Debug, Default)]
+pub struct HubOptions {
+    /// Branch, tag or commit; `main` without it.
+    pub revision: Option<String>,
+    /// Never touch the network.
+    pub offline: bool,
+    pub token: Option<String>,
+    /// The hub's address, for mirrors.
+    pub endpoint: Option<String>,
+    /// The cache folder (`…/huggingface/hub`).
+    pub cache: Option<PathBuf>,
+}
+
+impl HubOptions {
+    /// From HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+    pub fn from_env() -> Self {
+        let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+        let cache = set("HF_HUB_CACHE").map(PathBuf::from);
+        Self {
+            revision: None,
+            offline: set("HF_HUB_OFFLINE")
+                .is_some_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")),
+            token: set("HF_TOKEN"),
+            endpoint: set("HF_ENDPOINT").map(|url| url.trim_end_matches('/').to_string()),
+            cache: cache.or_else(|| set("HF_HOME").map(|home| Path::new(&home).join("hub"))),
+        }
+    }
+}
+
+const CONFIG: &str = "config.json";
+const GENERATION: &str = "generation_config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Finds the files of `model`: a directory, or a hub id such as `mistralai/Mixtral-8x7B-v0.1`.
+///
+/// # Errors
+/// A directory without a needed file, an id that does not exist, is gated, has no safetensors, or is not in the
+/// cache when offline.
+pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Result<Files, LoadError> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        if options.revision.is_some() {
+            return Err(LoadError::Hub(format!("--revision is for hub ids, but {model} is a directory")));
+        }
+        return collect(model, |name| Ok(Some(path.join(name)).filter(|p| p.is_file())));
+    }
+    if !is_hub_id(model) {
+        return Err(LoadError::Hub(format!(
+            "--model {model}: there is no such directory, and it is no hub id of the form organisation/name"
+        )));
+    }
+    let cache = options.cache.clone().map_or_else(Cache::from_env, Cache::new);
+    let revision = options.revision.clone().unwrap_or_else(|| "main".into());
+    let repo = Repo::with_revision(model.into(), RepoType::Model, revision.clone());
+    let cached = collect(model, |name| Ok(find_cached(&cache, &repo, name)));
+    match (cached, options.offline) {
+        (Ok(files), _) => Ok(files),
+        (Err(missing), true) => Err(LoadError::Hub(format!(
+            "{model} (revision {revision}) is not complete in the cache {} and --offline (or HF_HUB_OFFLINE) forbids \
+             downloading it: {missing}",
+            cache.path().display()
+        ))),
+        (Err(_), false) => download(model, repo, cache, options, bars),
+    }
+}
+
+fn is_hub_id(model: &str) -> bool {
+    let part = |p: &str| {
+        !p.is_empty() && !p.starts_with('.') && p.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    let parts: Vec<&str> = model.split('/').collect();
+    parts.len() <= 2 && parts.iter().all(|p| part(p))
+}
+
+/// A file of `repo` in the cache, where Python's hub library or this one left it.
+fn find_cached(cache: &Cache, repo: &Repo, name: &str) -> Option<PathBuf> {
+    let by_ref = cache.repo(repo.clone()).get(name);
+    // A commit given in full has no entry under refs/ if Python downloaded it.
+    let by_commit = || cache.path().join(repo.folder_name()).join("snapshots").join(repo.revision()).join(name);
+    by_ref.or_else(|| Some(by_commit()).filter(|p| p.is_file()))
+}
+
+/// Gathers the files of a checkpoint through `find`, which gives the path of a file or `None` where there is none.
+fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, LoadError>) -> Result<Files, LoadError> {
+    let missing = |name: &str| LoadError::Hub(format!("{model} has no {name}"));
+    let config = find(CONFIG)?.ok_or_else(|| missing(CONFIG))?;
+    let tokenizer = find(TOKENIZER)?.ok_or_else(|| {
+        LoadError::Hub(format!("{model} has no {TOKENIZER}; a fast tokenizer file is needed (a tokenizer.model alone can be converted with transformers)"))
+    })?;
+    let (generation_config, tokenizer_config) = (find(GENERATION)?, find(TOKENIZER_CONFIG)?);
+    let weights = match find(INDEX)? {
+        Some(index) => {
+            let mut shards = Vec::new();
+            for name in shard_names(&index)? {
+                shards.push(
+                    find(&name)?
+                        .ok_or_else(|| LoadError::Hub(format!("{model} has no {name}, which {INDEX} lists")))?,
+                );
+            }
+            shards
+        }
+        None => vec![find(SINGLE)?.ok_or_else(|| {
+            LoadError::Hub(format!(
+                "{model} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded (no pickle)"
+            ))
+        })?],
+    };
+    Ok(Files { config, generation_config, tokenizer, tokenizer_config, weights })
+}
+
+/// The distinct files that an index maps tensors to.
+fn shard_names(index: &Path) -> Result<BTreeSet<String>, LoadError> {
+    let text = std::fs::read_to_string(index).map_err(LoadError::io(index))?;
+    let json: Value = serde_json::from_str(&text).map_err(|e| LoadError::file(index, format!("is not JSON: {e}")))?;
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| LoadError::file(index, "has no object `weight_map`"))?;
+    let mut names = BTreeSet::new();
+    for (tensor, file) in map {
+        // A plain name: an index must not lead out of its folder.
+        match file.as_str().filter(|f| f.ends_with(".safetensors") && !f.contains(['/', '\\'])) {
+            Some(file) => names.insert(file.to_string()),
+            None => {
+                return Err(LoadError::file(
+                    index,
+                    format!(
+                        "`weight_map` gives {file} as the file of `{tensor}`; a .safetensors file name was expected"
+                    ),
+                ));
+            }
+        };
+    }
+    if names.is_empty() {
+        return Err(LoadError::file(index, "`weight_map` is empty"));
+    }
+    Ok(names)
+}
+
+fn download(
+    model: &str,
+    repo: Repo,
+    cache: Cache,
+    options: &HubOptions,
+    bars: &MultiProgress,
+) -> Result<Files, LoadError> {
+    let token = options.token.clone().or_else(|| cache.token());
+    let explain = |error: ApiError| explain(model, &repo, token.is_some(), &error);
+    let mut builder = ApiBuilder::from_cache(cache.clone()).with_token(token.clone()).with_retries(3);
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_endpoint(endpoint.clone());
+    }
+    let remote = builder.build().map_err(explain)?.repo(repo.clone());
+    let info = remote.info().map_err(explain)?;
+    tracing::info!(model, commit = info.sha, "downloading into {}", cache.path().display());
+    collect(model, |name| {
+        if !info.siblings.iter().any(|s| s.rfilename == name) {
+            return Ok(None);
+        }
+        match find_cached(&cache, &repo, name) {
+            Some(path) => Ok(Some(path)),
+            None => fetch(&remote, name, bars).map(Some).map_err(explain),
+        }
+    })
+}
+
+fn fetch(remote: &ApiRepo, name: &str, bars: &MultiProgress) -> Result<PathBuf, ApiError> {
+    tracing::info!("downloading {name}");
+    remote.download_with_progress(name, Bar(bars.add(ProgressBar::new(0))))
+}
+
+/// Says what to do about a failed request.
+fn explain(model: &str, repo: &Repo, has_token: bool, error: &ApiError) -> LoadError {
+    let status = status_of(error);
+    let access = match has_token {
+        true => {
+            "the token given has no access: accept the model's terms on its page and check that the token may read gated repositories"
+        }
+        false => {
+            "no token was given: accept the model's terms on its page, make a token at /settings/tokens of the hub and pass it as HF_TOKEN"
+        }
+    };
+    let revision = repo.revision();
+    LoadError::Hub(match status {
+        Some(401 | 403) => format!("{model} does not exist, or is private or gated, and {access}"),
+        Some(404) => format!("{model} has no revision {revision}, or does not exist on the hub"),
+        Some(429) => format!(
+            "the hub refuses more requests for now (429) while fetching {model}; try again later or give HF_TOKEN"
+        ),
+        _ => format!(
+            "fetching {model} (revision {revision}) failed: {error}; a download that broke off is resumed by the next start"
+        ),
+    })
+}
+
+fn status_of(error: &ApiError) -> Option<u16> {
+    match error {
+        ApiError::RequestError(e) => match **e {
+            ureq::Error::StatusCode(status) => Some(status),
+            _ => None,
+        },
+        ApiError::TooManyRetries(inner) => status_of(inner),
+        _ => None,
+    }
+}
+
+/// A download's progress bar; drawn on a terminal only.
+struct Bar(ProgressBar);
+
+impl hf_hub::api::Progress for Bar {
+    fn init(&mut self, size: usize, filename: &str) {
+        self.0.set_length(size as u64);
+        self.0.set_message(filename.to_string());
+        self.0.set_style(bar_style());
+    }
+
+    fn update(&mut self, size: usize) {
+        self.0.inc(size as u64);
+    }
+
+    fn finish(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// How bars of bytes look, in downloading and in loading.
+pub fn bar_style() -> ProgressStyle {
+    let template = "{msg:34!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        for id in ["gpt2", "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen3-30B-A3B", "a_b/c.d"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in ["", "/", "./model", "../x", "/data/model", "a/b/c", "a//b", "a b", "~/x"] {
+            assert!(!is_hub_id(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! From files to a model: config.json decides the family, the family takes its tensors, nothing may be left over.
+
+use super::config::Config;
+use super::hub::Files;
+use super::{CausalLm, FAMILIES, LoadError, Loader, Weights};
+use crate::ops::Backend;
+use crate::types::{DeviceChoice, DtypeChoice, TokenId};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// How to load.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    pub dtype: DtypeChoice,
+    pub device: DeviceChoice,
+    /// Longest sequence that will be run; the checkpoint's own limit without it.
+    pub max_model_len: Option<usize>,
+}
+
+/// A model and what else its files say.
+#[derive(Debug)]
+pub struct Loaded {
+    pub model: CausalLm,
+    /// Tokens that end a completion.
+    pub eos: Vec<TokenId>,
+    pub max_model_len: usize,
+    /// Fields of config.json that were not understood.
+    pub unread_config: Vec<String>,
+}
+
+/// Loads the checkpoint in `files`. `on_progress(read, total)` is told bytes.
+///
+/// # Errors
+/// Anything missing, unknown, unsupported or contradictory, by name.
+pub fn load(
+    files: &Files,
+    options: &LoadOptions,
+    mut on_progress: impl FnMut(u64, u64) + 'static,
+) -> Result<Loaded, LoadError> {
+    let mut config = read_json(&files.config)?;
+    let mut generation = match &files.generation_config {
+        Some(path) => Some(read_json(path)?),
+        None => None,
+    };
+    let model_type = match config.get("model_type").cloned() {
+        Some(Value::String(name)) => name,
+        Some(other) => return Err(config.error("model_type", format!("must be a string; got {other}"))),
+        None => return Err(config.error("model_type", "is missing")),
+    };
+    let Some(family) = FAMILIES.iter().find(|f| f.model_type == model_type) else {
+        let supported: Vec<&str> = FAMILIES.iter().map(|f| f.model_type).collect();
+        return Err(LoadError::Family { found: model_type, supported: supported.join(", ") });
+    };
+    let max_positions = config.int("max_position_embeddings", 1..=1 << 27)?;
+    let max_model_len = options.max_model_len.unwrap_or(max_positions);
+    if max_model_len == 0 || max_model_len > max_positions {
+        let problem = format!("is {max_positions}, so --max-model-len must be between 1 and that; got {max_model_len}");
+        return Err(config.error("max_position_embeddings", problem));
+    }
+
+    let mut weights = Weights::open(&files.weights)?;
+    let (mut read, total) = (0, weights.bytes_left());
+    weights.on_read(move |bytes| {
+        read += bytes;
+        on_progress(read, total);
+    });
+    // Frequencies that older files carry and that are computed here.
+    weights.ignore(|name| name.ends_with("rotary_emb.inv_freq"));
+    let backend = Backend::select(options.device, options.dtype, weights.stored_dtype())?;
+    let parameters = weights.parameters();
+    let mut model = (family.build)(
+        &mut config,
+        &mut Loader { weights: &mut weights, backend: &backend, positions: max_model_len },
+    )?;
+    if model.tied {
+        // Some files store the LM head although it is tied.
+        weights.ignore(|name| name == "lm_head.weight");
+    }
+    weights.finish()?;
+    model.shape.parameters = parameters;
+
+    let mut eos = match &mut generation {
+        Some(generation) => generation.eos_token_ids()?,
+        None => Vec::new(),
+    };
+    if eos.is_empty() {
+        eos = config.eos_token_ids()?;
+    }
+    eos.retain(|id| (*id as usize) < model.shape.vocab);
+    let unread_config = config.unread().into_iter().map(String::from).collect();
+    Ok(Loaded { model, eos, max_model_len, unread_config })
+}
+
+fn read_json(path: &Path) -> Result<Config, LoadError> {
+    let text = std::fs::read_to_string(path).map_err(LoadError::io(path))?;
+    let fields: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|e| LoadError::file(path, format!("is not a JSON object: {e}")))?;
+    let name = path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
+    Ok(Config::new(name, fields))
+}

@@ -1,0 +1,193 @@
+//! Reads tensors out of safetensors files, one at a time, and keeps account of what was read.
+
+use super::LoadError;
+use crate::ops::HostTensor;
+use candle_core::DType;
+use safetensors::tensor::{Dtype, Metadata};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Bytes of header accepted, as in the safetensors library.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// The tensors of a checkpoint. Nothing is mapped: a tensor's bytes are read when it is taken and freed when it
+/// is packed, so that loading never holds more than the packed weights and one tensor.
+pub struct Weights {
+    files: Vec<(PathBuf, File)>,
+    /// Tensors not taken yet.
+    left: HashMap<String, Entry>,
+    stored: DType,
+    parameters: usize,
+    on_read: Box<dyn FnMut(u64)>,
+}
+
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: u64,
+    bytes: usize,
+}
+
+impl Weights {
+    /// Opens `paths` and checks their headers against their sizes.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is truncated, or whose header lies.
+    pub fn open(paths: &[PathBuf]) -> Result<Self, LoadError> {
+        let on_read = Box::new(|_| {});
+        let mut weights = Self { files: Vec::new(), left: HashMap::new(), stored: DType::F32, parameters: 0, on_read };
+        let mut bytes_of = BTreeMap::<Dtype, usize>::new();
+        for path in paths {
+            let file = File::open(path).map_err(LoadError::io(path))?;
+            let (metadata, data_start) = read_header(path, &file)?;
+            for (name, info) in metadata.tensors() {
+                let (start, end) = info.data_offsets;
+                let entry = Entry {
+                    file: weights.files.len(),
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    start: data_start + start as u64,
+                    bytes: end - start,
+                };
+                *bytes_of.entry(info.dtype).or_default() += entry.bytes;
+                weights.parameters += entry.shape.iter().product::<usize>();
+                if let Some(first) = weights.left.insert(name.clone(), entry) {
+                    let first = &weights.files[first.file].0;
+                    return Err(LoadError::file(path, format!("tensor `{name}` is in {} too", first.display())));
+                }
+            }
+            weights.files.push((path.clone(), file));
+        }
+        let most = bytes_of.into_iter().max_by_key(|(_, bytes)| *bytes);
+        let most = most.ok_or_else(|| LoadError::file(Path::new("model.safetensors"), "holds no tensors"))?.0;
+        weights.stored = float(most).ok_or_else(|| weights.not_a_float(most))?;
+        Ok(weights)
+    }
+
+    fn not_a_float(&self, dtype: Dtype) -> LoadError {
+        let name = self.left.iter().filter(|(_, e)| e.dtype == dtype).map(|(n, _)| n.clone()).min().unwrap_or_default();
+        LoadError::TensorDtype { name, found: format!("{dtype:?}") }
+    }
+
+    /// Has `on_read` told the bytes of every tensor read from now on.
+    pub fn on_read(&mut self, on_read: impl FnMut(u64) + 'static) {
+        self.on_read = Box::new(on_read);
+    }
+
+    /// The dtype most of the bytes are stored in.
+    pub fn stored_dtype(&self) -> DType {
+        self.stored
+    }
+
+    /// Elements of all tensors.
+    pub fn parameters(&self) -> usize {
+        self.parameters
+    }
+
+    /// Bytes of all tensors not taken yet.
+    pub fn bytes_left(&self) -> u64 {
+        self.left.values().map(|e| e.bytes as u64).sum()
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.left.contains_key(name)
+    }
+
+    /// Reads the tensor `name`, which must have `shape`.
+    ///
+    /// # Errors
+    /// A tensor that is missing, has another shape, is no float, or cannot be read.
+    pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor, LoadError> {
+        let name = name.to_string();
+        let Some(entry) = self.left.remove(&name) else {
+            return Err(LoadError::MissingTensor { name, expected: shape.to_vec() });
+        };
+        if entry.shape != shape {
+            return Err(LoadError::TensorShape { name, found: entry.shape, expected: shape.to_vec() });
+        }
+        let Some(dtype) = float(entry.dtype) else {
+            return Err(LoadError::TensorDtype { name, found: format!("{:?}", entry.dtype) });
+        };
+        let mut bytes = vec![0; entry.bytes];
+        let (path, file) = &self.files[entry.file];
+        file.read_exact_at(&mut bytes, entry.start).map_err(LoadError::io(path))?;
+        (self.on_read)(entry.bytes as u64);
+        Ok(HostTensor::new(dtype, entry.shape, bytes))
+    }
+
+    /// Drops tensors that inference has no use for.
+    pub fn ignore(&mut self, useless: impl Fn(&str) -> bool) {
+        self.left.retain(|name, _| !useless(name));
+    }
+
+    /// Checks that every tensor was taken: one left over means that config.json and weights disagree.
+    ///
+    /// # Errors
+    /// The tensors left over, the first few by name.
+    pub fn finish(self) -> Result<(), LoadError> {
+        let mut names: Vec<String> = self.left.into_keys().collect();
+        let count = names.len();
+        if count == 0 {
+            return Ok(());
+        }
+        names.sort_unstable();
+        names.truncate(5);
+        Err(LoadError::ExtraTensors { count, names: names.join(", ") })
+    }
+}
+
+fn float(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::BF16 => Some(DType::BF16),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::F32 => Some(DType::F32),
+        _ => None,
+    }
+}
+
+/// The header, and where the data begins.
+fn read_header(path: &Path, mut file: &File) -> Result<(Metadata, u64), LoadError> {
+    let size = file.metadata().map_err(LoadError::io(path))?.len();
+    let mut length = [0; 8];
+    if size < 8 {
+        return Err(LoadError::file(path, format!("is no safetensors file: it has {size} bytes")));
+    }
+    file.read_exact(&mut length).map_err(LoadError::io(path))?;
+    let header_bytes = u64::from_le_bytes(length);
+    if header_bytes > HEADER_BYTES_MAX || header_bytes > size - 8 {
+        let problem = format!(
+            "is no safetensors file or is truncated: it announces a header of {header_bytes} bytes and has {size} in all"
+        );
+        return Err(LoadError::file(path, problem));
+    }
+    let mut header = vec![0; header_bytes as usize];
+    file.read_exact(&mut header).map_err(LoadError::io(path))?;
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|e| LoadError::file(path, format!("the safetensors header is invalid: {e}")))?;
+    let data = size - 8 - header_bytes;
+    let mut ends = 0;
+    for (name, info) in metadata.tensors() {
+        let (start, end) = info.data_offsets;
+        let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, d| n.checked_mul(*d));
+        if end < start || bits != (end - start).checked_mul(8) {
+            let problem = format!(
+                "tensor `{name}` of shape {:?} is said to lie at bytes {start} to {end}, which does not fit it",
+                info.shape
+            );
+            return Err(LoadError::file(path, problem));
+        }
+        ends = ends.max(end as u64);
+    }
+    if ends != data {
+        let problem = format!(
+            "is truncated or has trailing bytes: the header describes {ends} bytes of data, the file holds {data}"
+        );
+        return Err(LoadError::file(path, problem));
+    }
+    Ok((metadata, 8 + header_bytes))
+}
