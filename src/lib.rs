@@ -2,4 +2,5 @@
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod sched;
 pub mod types;
