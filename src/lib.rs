@@ -1,4 +1,5 @@
 //! moe-serve: serves pretrained Mixture-of-Experts checkpoints with dynamic routers.
+pub mod engine;
 pub mod model;
 pub mod moe;
 pub mod ops;

@@ -55,6 +55,18 @@ impl Backend {
         self.dtype
     }
 
+    /// Bytes of memory the device has free, where that can be told.
+    pub fn free_memory(&self) -> Option<u64> {
+        #[cfg(feature = "cuda")]
+        if self.device.is_cuda() {
+            return super::cuda::free_memory();
+        }
+        let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+        let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+        Some(kib * 1024)
+    }
+
     /// `cpu (AVX-512 BF16, 2 threads)`, `cuda:0`.
     pub fn describe(&self) -> String {
         match self.device.location() {

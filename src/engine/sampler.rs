@@ -1,0 +1,231 @@
+//! Draws the next token.
+//!
+//! Order of the rules, as in vLLM: penalties, temperature, min-p, top-k, top-p, draw.
+
+use crate::types::{SamplingParams, TokenId};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+/// One request's sampling state. Its draws depend on its own seed and tokens alone.
+#[derive(Debug)]
+pub(super) struct Sampler {
+    params: SamplingParams,
+    rng: ChaCha8Rng,
+    /// How often each token was generated.
+    generated: HashMap<TokenId, u32>,
+    /// Tokens of prompt or output, for the repetition penalty.
+    seen: Vec<TokenId>,
+}
+
+impl Sampler {
+    pub(super) fn new(params: SamplingParams, prompt: &[TokenId]) -> Self {
+        let seed = params.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());
+        let mut seen = Vec::new();
+        if params.repetition_penalty != 1.0 {
+            seen.extend(prompt);
+            seen.sort_unstable();
+            seen.dedup();
+        }
+        Self { params, rng: ChaCha8Rng::seed_from_u64(seed), generated: HashMap::new(), seen }
+    }
+
+    /// Draws from `logits`, which it may change; tokens of `forbidden` are never drawn. `None` if no logit is a number.
+    pub(super) fn sample(&mut self, logits: &mut [f32], forbidden: &[TokenId]) -> Option<TokenId> {
+        self.penalise(logits);
+        for id in forbidden {
+            logits[*id as usize] = f32::NEG_INFINITY;
+        }
+        let id = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits) }?;
+        *self.generated.entry(id).or_default() += 1;
+        if self.params.repetition_penalty != 1.0
+            && let Err(at) = self.seen.binary_search(&id)
+        {
+            self.seen.insert(at, id);
+        }
+        Some(id)
+    }
+
+    fn penalise(&self, logits: &mut [f32]) {
+        let p = &self.params;
+        for id in &self.seen {
+            let logit = &mut logits[*id as usize];
+            *logit = if *logit > 0.0 { *logit / p.repetition_penalty } else { *logit * p.repetition_penalty };
+        }
+        if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
+            for (id, count) in &self.generated {
+                logits[*id as usize] -= p.presence_penalty + p.frequency_penalty * *count as f32;
+            }
+        }
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Option<TokenId> {
+        let p = &self.params;
+        let max = logits[greedy(logits)? as usize];
+        // exp((logit − max) / temperature) is the probability up to a factor; min-p is a floor on it.
+        let inverse = 1.0 / f64::from(p.temperature);
+        let floor = f64::from(p.min_p);
+        let weigh = |(id, logit): (usize, &f32)| {
+            let weight = (f64::from(*logit - max) * inverse).exp();
+            (weight > 0.0 && weight >= floor).then_some((id as TokenId, weight))
+        };
+        let mut candidates: Vec<(TokenId, f64)> = logits.iter().enumerate().filter_map(weigh).collect();
+        if p.top_k > 0 && (p.top_k as usize) < candidates.len() {
+            candidates.select_nth_unstable_by(p.top_k as usize - 1, by_weight);
+            candidates.truncate(p.top_k as usize);
+        }
+        if p.top_p < 1.0 {
+            keep_top_p(&mut candidates, f64::from(p.top_p));
+        }
+        // In order of ids, so that the draw does not hang on how candidates were selected.
+        candidates.sort_unstable_by_key(|c| c.0);
+        let total: f64 = candidates.iter().map(|c| c.1).sum();
+        let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let mut left = uniform * total;
+        for (id, weight) in &candidates {
+            left -= weight;
+            if left < 0.0 {
+                return Some(*id);
+            }
+        }
+        candidates.last().map(|c| c.0)
+    }
+}
+
+/// Heaviest first, the lower id among equals.
+fn by_weight(a: &(TokenId, f64), b: &(TokenId, f64)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Keeps the fewest heaviest candidates that hold a share `top_p` of the weight. Sorts only as far as needed.
+fn keep_top_p(candidates: &mut Vec<(TokenId, f64)>, top_p: f64) {
+    let goal = top_p * candidates.iter().map(|c| c.1).sum::<f64>();
+    let (mut sorted, mut gathered, mut step) = (0, 0.0, 64);
+    while sorted < candidates.len() {
+        let end = candidates.len().min(sorted + step);
+        if end < candidates.len() {
+            candidates[sorted..].select_nth_unstable_by(end - sorted - 1, by_weight);
+        }
+        candidates[sorted..end].sort_unstable_by(by_weight);
+        for at in sorted..end {
+            gathered += candidates[at].1;
+            if gathered >= goal {
+                candidates.truncate(at + 1);
+                return;
+            }
+        }
+        sorted = end;
+        step *= 4;
+    }
+}
+
+/// The largest logit, the first of equals; not-a-numbers never win.
+fn greedy(logits: &[f32]) -> Option<TokenId> {
+    let mut best = None;
+    for (id, logit) in logits.iter().enumerate() {
+        if logit.is_finite() && best.is_none_or(|(_, max)| *logit > max) {
+            best = Some((id as TokenId, *logit));
+        }
+    }
+    best.map(|(id, _)| id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sampler(edit: impl FnOnce(&mut SamplingParams)) -> Sampler {
+        let mut params = SamplingParams { seed: Some(7), ..Default::default() };
+        edit(&mut params);
+        Sampler::new(params, &[1])
+    }
+
+    /// How often each of 5 tokens is drawn from these logits in 4000 draws.
+    fn shares(logits: [f32; 5], edit: impl FnOnce(&mut SamplingParams)) -> [f64; 5] {
+        let mut sampler = sampler(edit);
+        let mut counts = [0.0; 5];
+        for _ in 0..4000 {
+            counts[sampler.sample(&mut logits.clone(), &[]).unwrap() as usize] += 1.0 / 4000.0;
+        }
+        counts
+    }
+
+    const LOGITS: [f32; 5] = [0.0, 1.0, 2.0, 3.0, -1.0];
+
+    #[test]
+    fn draws_follow_the_softmax_and_its_temperature() {
+        for temperature in [0.5, 1.0, 2.0] {
+            let weights = LOGITS.map(|z| f64::from(z / temperature).exp());
+            let total: f64 = weights.iter().sum();
+            let got = shares(LOGITS, |p| p.temperature = temperature);
+            for (g, w) in got.iter().zip(weights) {
+                assert!((g - w / total).abs() < 0.03, "{got:?} at temperature {temperature}");
+            }
+        }
+    }
+
+    #[test]
+    fn filters_leave_what_they_should() {
+        let drawn = |edit: fn(&mut SamplingParams)| -> Vec<usize> {
+            let shares = shares(LOGITS, edit);
+            (0..5).filter(|i| shares[*i] > 0.0).collect()
+        };
+        assert_eq!(drawn(|p| p.temperature = 0.0), [3]);
+        assert_eq!(drawn(|p| p.top_k = 1), [3]);
+        assert_eq!(drawn(|p| p.top_k = 2), [2, 3]);
+        assert_eq!(drawn(|p| p.top_p = 0.6), [3]); // 3 alone has .636
+        assert_eq!(drawn(|p| p.top_p = 0.7), [2, 3]);
+        assert_eq!(drawn(|p| p.min_p = 0.2), [2, 3]); // e^-1 = .37, e^-2 = .14
+        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3]), Some(2));
+    }
+
+    #[test]
+    fn penalties_push_tokens_down() {
+        let mut presence = sampler(|p| (p.temperature, p.presence_penalty) = (0.0, 1.5));
+        assert_eq!([0, 1].map(|_| presence.sample(&mut LOGITS.clone(), &[]).unwrap()), [3, 2]);
+        let mut frequency = sampler(|p| (p.temperature, p.frequency_penalty) = (0.0, 0.6));
+        assert_eq!([0, 1, 2].map(|_| frequency.sample(&mut LOGITS.clone(), &[]).unwrap()), [3, 3, 2]);
+        let mut repetition =
+            Sampler::new(SamplingParams { temperature: 0.0, repetition_penalty: 2.0, ..Default::default() }, &[3]);
+        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[]), Some(2));
+    }
+
+    #[test]
+    fn not_a_number_is_never_drawn() {
+        let nan = f32::NAN;
+        for temperature in [0.0, 1.0] {
+            let mut s = sampler(|p| p.temperature = temperature);
+            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[]), Some(1));
+            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[]), None);
+        }
+    }
+
+    #[test]
+    fn a_seed_fixes_the_draws_and_no_seed_does_not() {
+        let run = |seed| {
+            let mut s = Sampler::new(SamplingParams { seed, ..Default::default() }, &[]);
+            (0..40).map(|_| s.sample(&mut [0.0; 50], &[]).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(run(Some(1)), run(Some(1)));
+        assert_ne!(run(Some(1)), run(Some(2)));
+        assert_ne!(run(None), run(None));
+    }
+
+    proptest! {
+        #[test]
+        fn partial_sorting_keeps_the_same_nucleus_as_full_sorting(
+            weights in proptest::collection::vec(0.001f64..1.0, 1..400), top_p in 0.01f64..1.0
+        ) {
+            let mut all: Vec<(TokenId, f64)> = weights.iter().enumerate().map(|(i, w)| (i as u32, *w)).collect();
+            let mut kept = all.clone();
+            keep_top_p(&mut kept, top_p);
+            all.sort_unstable_by(by_weight);
+            let goal = top_p * weights.iter().sum::<f64>();
+            let mut sum = 0.0;
+            let n = all.iter().position(|c| { sum += c.1; sum >= goal }).unwrap_or(all.len() - 1) + 1;
+            prop_assert_eq!(&kept[..], &all[..n]);
+        }
+    }
+}
