@@ -25,6 +25,9 @@ pub trait Generate: Send + Sync {
 
     /// Whether requests are accepted.
     fn ready(&self) -> bool;
+
+    /// The series of this generator in Prometheus' text format.
+    fn metrics(&self) -> String;
 }
 
 /// What is served, as clients may know it.

@@ -4,12 +4,12 @@ use super::metrics::{ExpertSeries, Metrics};
 use super::sequence::{Job, Sequence};
 use super::text::Text;
 use crate::model::{CausalLm, Loaded, StepInput};
-use crate::moe::cost::{CostModel, ExpertReads, Work};
+use crate::moe::cost::{CostModel, ExpertReads};
 use crate::moe::router::StepTokens;
 use crate::moe::{Policy, RouteCtx, StepTrace};
 use crate::ops::{self, KvCache, KvShape, Segment, StepLayout};
 use crate::sched::{Plan, SchedConfig, Scheduler};
-use crate::types::{SeqId, TokenId};
+use crate::types::{SeqId, TokenId, Work};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -240,7 +240,7 @@ impl Core {
             }
             if chunk.samples
                 && let Some(logits) = logits.next()
-                && seq.advance(logits, &self.cost, &self.metrics)
+                && seq.advance(logits, &self.metrics)
             {
                 over.push(chunk.seq);
             }

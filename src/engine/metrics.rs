@@ -3,8 +3,8 @@
 //! Everything is counted from values that are on the host anyway; nothing waits for a device.
 
 use crate::moe::StepTrace;
-use crate::moe::cost::{ExpertReads, Work};
-use crate::types::{FinishReason, ModelShape, Usage};
+use crate::moe::cost::ExpertReads;
+use crate::types::{FinishReason, ModelShape, Usage, Work};
 use prometheus::core::{Atomic, GenericCounterVec, GenericGaugeVec};
 use prometheus::{
     Counter, CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,

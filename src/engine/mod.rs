@@ -4,13 +4,12 @@
 
 pub mod api;
 mod core;
-pub mod metrics;
+mod metrics;
 mod sampler;
 mod sequence;
 mod text;
 mod worker;
 
 pub use core::{EngineConfig, StartError};
-pub use metrics::Metrics;
 pub use text::{Text, TextError};
 pub use worker::Engine;

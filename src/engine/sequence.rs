@@ -5,8 +5,7 @@ use super::metrics::Metrics;
 use super::sampler::Sampler;
 use super::text::{Text, TextStream};
 use crate::moe::Policy;
-use crate::moe::cost::{CostModel, Work};
-use crate::types::{FinishReason, GenerateRequest, TokenId, Usage};
+use crate::types::{FinishReason, GenerateRequest, TokenId, Usage, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -101,7 +100,7 @@ impl Sequence {
     }
 
     /// Samples the next token from `logits` and sends what text it completes. Gives true when the request is over.
-    pub(super) fn advance(&mut self, logits: &mut [f32], cost: &CostModel, metrics: &Metrics) -> bool {
+    pub(super) fn advance(&mut self, logits: &mut [f32], metrics: &Metrics) -> bool {
         let too_early = self.completion_len() < self.min_tokens;
         let forbidden: &[TokenId] = if too_early { &self.stop_ids } else { &[] };
         let Some(id) = self.sampler.sample(logits, forbidden) else {
@@ -118,19 +117,19 @@ impl Sequence {
             // The stop token itself is no text.
             let (text, _) = self.text.finish();
             self.send_text(text);
-            return self.finish(FinishReason::Stop, cost, metrics);
+            return self.finish(FinishReason::Stop, metrics);
         }
         // A stop string that came too early stays text, as a stop token would.
         let (text, stopped) = self.text.push(id);
         self.send_text(text);
         if stopped {
-            return self.finish(FinishReason::Stop, cost, metrics);
+            return self.finish(FinishReason::Stop, metrics);
         }
         if self.completion_len() == self.max_tokens {
             let (text, stopped) = self.text.finish();
             self.send_text(text);
             let reason = if stopped { FinishReason::Stop } else { FinishReason::Length };
-            return self.finish(reason, cost, metrics);
+            return self.finish(reason, metrics);
         }
         false
     }
@@ -142,12 +141,8 @@ impl Sequence {
         }
     }
 
-    fn finish(&mut self, reason: FinishReason, cost: &CostModel, metrics: &Metrics) -> bool {
-        let usage = Usage {
-            prompt_tokens: self.prompt_len,
-            completion_tokens: self.completion_len(),
-            moe: cost.request(&self.work),
-        };
+    fn finish(&mut self, reason: FinishReason, metrics: &Metrics) -> bool {
+        let usage = Usage { prompt_tokens: self.prompt_len, completion_tokens: self.completion_len(), work: self.work };
         metrics.finished(reason, &usage, self.arrived.elapsed());
         let _ = self.events.try_send(Event::Done { reason, usage });
         true

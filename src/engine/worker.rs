@@ -67,11 +67,6 @@ impl Engine {
         })
     }
 
-    /// The engine's series.
-    pub fn metrics(&self) -> &Metrics {
-        &self.metrics
-    }
-
     /// Bytes of the KV cache.
     pub fn kv_bytes(&self) -> u64 {
         self.kv_bytes
@@ -136,6 +131,10 @@ impl Generate for Engine {
     fn ready(&self) -> bool {
         let running = lock(&self.thread).as_ref().is_some_and(|t| !t.is_finished());
         running && lock(&self.jobs).is_some()
+    }
+
+    fn metrics(&self) -> String {
+        self.metrics.render()
     }
 }
 

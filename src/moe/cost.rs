@@ -6,48 +6,7 @@
 //! out of both. A saving is `1 − ran / native`: below zero when the router cost more.
 
 use super::StepTrace;
-use crate::types::{FfnShape, ModelShape, RequestMoe};
-
-/// Work done, in FLOPs and counts. Adds up over tokens, steps and requests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Work {
-    /// Tokens that passed the model.
-    pub tokens: u64,
-    /// (token, MoE layer, expert) triples that ran: Σk.
-    pub expert_rows: u64,
-    /// FLOPs of the routed experts that ran, and of those native routing would have run.
-    pub experts: Flops,
-    /// The same for the whole forward pass.
-    pub forward: Flops,
-}
-
-/// FLOPs that ran beside FLOPs of native routing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flops {
-    pub ran: u64,
-    pub native: u64,
-}
-
-impl Flops {
-    /// `1 − ran / native`; 0 where nothing ran.
-    pub fn saved(&self) -> f64 {
-        if self.native == 0 {
-            return 0.0;
-        }
-        1.0 - self.ran as f64 / self.native as f64
-    }
-}
-
-impl std::ops::AddAssign for Work {
-    fn add_assign(&mut self, other: Self) {
-        self.tokens += other.tokens;
-        self.expert_rows += other.expert_rows;
-        self.experts.ran += other.experts.ran;
-        self.experts.native += other.experts.native;
-        self.forward.ran += other.forward.ran;
-        self.forward.native += other.forward.native;
-    }
-}
+use crate::types::{FfnShape, Flops, ModelShape, Work};
 
 /// The price list of one model.
 #[derive(Clone, Debug)]
@@ -104,17 +63,7 @@ impl CostModel {
         let other = self.fixed_flops + self.score_flops * seen + u64::from(lm_head) * self.lm_head_flops;
         let experts = Flops { ran: expert_rows * self.expert_flops, native: self.native_rows * self.expert_flops };
         let forward = Flops { ran: other + experts.ran, native: other + experts.native };
-        Work { tokens: 1, expert_rows, experts, forward }
-    }
-
-    /// What `work` comes to for the request that caused it.
-    pub fn request(&self, work: &Work) -> RequestMoe {
-        let visits = (work.tokens * self.moe_layers).max(1);
-        RequestMoe {
-            experts_per_token: work.expert_rows as f64 / visits as f64,
-            expert_flops_saved: work.experts.saved(),
-            forward_flops_saved: work.forward.saved(),
-        }
+        Work { tokens: 1, moe_visits: self.moe_layers, expert_rows, experts, forward }
     }
 }
 
@@ -191,14 +140,14 @@ mod tests {
         let cost = CostModel::new(&tiny());
         let mut work = cost.token(1, 5, false);
         work += cost.token(2, 3, false);
-        let moe = cost.request(&work);
-        assert_eq!(moe.experts_per_token, 4.0);
-        assert_eq!(moe.expert_flops_saved, -1.0);
-        assert!(moe.forward_flops_saved < 0.0 && moe.forward_flops_saved > -1.0);
+        assert_eq!(work.experts_per_token(), 4.0);
+        assert_eq!(work.experts.saved(), -1.0);
+        assert!(work.forward.saved() < 0.0 && work.forward.saved() > -1.0);
     }
 
     #[test]
     fn nothing_run_saves_nothing() {
         assert_eq!(Flops::default().saved(), 0.0);
+        assert_eq!(Work::default().experts_per_token(), 0.0);
     }
 }

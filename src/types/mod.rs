@@ -5,11 +5,13 @@ mod choice;
 mod request;
 mod router_spec;
 mod shape;
+mod work;
 
 pub use choice::{DeviceChoice, DtypeChoice};
-pub use request::{FinishReason, GenerateRequest, LimitError, Limits, RequestMoe, SamplingParams, Usage};
+pub use request::{FinishReason, GenerateRequest, LimitError, Limits, SamplingParams, Usage};
 pub use router_spec::{RouterSpec, SpecError};
 pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
+pub use work::{Flops, Work};
 
 /// A token of the checkpoint's vocabulary.
 pub type TokenId = u32;

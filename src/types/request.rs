@@ -1,6 +1,6 @@
 //! A generation request that has been validated: whoever holds one need not check it again.
 
-use super::{RouterSpec, TokenId};
+use super::{RouterSpec, TokenId, Work};
 
 /// How the next token is drawn. Fields hold values that [`GenerateRequest::check`] accepted.
 #[derive(Clone, Debug, PartialEq)]
@@ -202,24 +202,13 @@ impl FinishReason {
     }
 }
 
-/// What the routing of one request came to. Ratios are against native routing of the same tokens and
-/// below zero when the router cost more than it saved.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RequestMoe {
-    /// Mean over tokens and MoE layers.
-    pub experts_per_token: f64,
-    /// Scope `experts`: expert FFNs only.
-    pub expert_flops_saved: f64,
-    /// Scope `forward`: all matrix products.
-    pub forward_flops_saved: f64,
-}
-
 /// What a finished request used.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     pub prompt_tokens: usize,
     pub completion_tokens: usize,
-    pub moe: RequestMoe,
+    /// Of prompt and completion, recomputed tokens included.
+    pub work: Work,
 }
 
 #[cfg(test)]

@@ -1,0 +1,28 @@
+//! `/v1/models`.
+
+use super::App;
+use super::error::ApiError;
+use crate::engine::api::ModelInfo;
+use axum::Json;
+use axum::extract::{Path, State};
+use serde_json::{Value, json};
+
+fn describe(info: &ModelInfo) -> Value {
+    json!({
+        "id": info.name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "moe-serve",
+        "max_model_len": info.limits.max_model_len,
+        "router": info.router,
+    })
+}
+
+pub(super) async fn list(State(generate): App) -> Json<Value> {
+    Json(json!({"object": "list", "data": [describe(generate.info())]}))
+}
+
+pub(super) async fn show(State(generate): App, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let info = generate.info();
+    if id == info.name { Ok(Json(describe(info))) } else { Err(ApiError::no_model(&id, &info.name)) }
+}
