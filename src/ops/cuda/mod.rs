@@ -1,1 +1,20 @@
-//! placeholder
+//! The CUDA backend: weights and activations are candle tensors in the backend's dtype, dense products are cuBLAS's,
+//! grouped ones candle's `moe_gemm`, and the rest are our own kernels (`kernels/ops.cu`), which accumulate in f32.
+//!
+//! Experts in 16 bits, attention, norms, rotary embedding and the weighted sums compute a token the same way whatever
+//! else is in the step. [`Dense`], [`GroupedSwiglu::swiglu`] and experts in f32 do not promise it: cuBLAS picks its
+//! kernel, and with it the order of sums, by the number of rows.
+
+mod attention;
+mod dense;
+mod experts;
+mod launch;
+mod norm;
+
+pub(super) use attention::{KvStore, StepTables};
+pub(super) use dense::Dense;
+pub(super) use experts::{GroupedSwiglu, GroupedSwigluBuilder};
+pub(super) use norm::{rms_norm, rotate};
+
+#[cfg(test)]
+mod tests;
