@@ -1,4 +1,31 @@
-//! moe-serve: serves pretrained Mixture-of-Experts checkpoints with dynamic routers.
+//! moe-serve: serves pretrained Mixture-of-Experts checkpoints with dynamic routers, and tells what that saved.
+//!
+//! ```text
+//! tokens ─► schedule ─► forward ─► sample ─► commit ─► stream
+//!              │            │
+//!              │            └─ per layer: attention(paged KV) ─► gate z=Wh ─► Router ─► Routing (CSR) ─► grouped experts ─► combine
+//!              └─ pure: which tokens of which sequences, which KV blocks
+//! ```
+//!
+//! # Where things are
+//!
+//! | question | answer |
+//! |---|---|
+//! | how does a router choose experts? | [`moe::router`]: one file per router, one line each in `ROUTERS` |
+//! | what is a routing? | [`moe::Routing`]: rows sorted by expert, R of them; nothing downstream knows k |
+//! | where is a FLOP counted? | [`moe::cost`], and nowhere else |
+//! | where is a KV block freed? | [`sched`]: `BlockPool` |
+//! | where does a family differ? | [`model`]: one file per family, one line each in `FAMILIES` |
+//! | which kernel runs? | [`ops`]: the CPU/CUDA seam |
+//! | what happens in a step? | `engine/core.rs` |
+//! | what does the API accept? | [`wire`] for the JSON, [`types::GenerateRequest::check`] for the limits |
+//!
+//! # Arrows (→ imports; everyone may import `types`)
+//!
+//! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire`. The type `moe::Routing` is
+//! what `ops` computes by: the one arrow back. `tests/it/tidy.rs` checks them.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+
 pub mod engine;
 pub mod http;
 pub mod model;

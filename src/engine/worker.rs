@@ -10,7 +10,7 @@ use crate::moe::Policy;
 use crate::types::{GenerateRequest, Limits, MoeShape, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicUsize;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -158,11 +158,8 @@ fn run(mut core: Core, jobs: &Receiver<Job>) {
                 Err(_) => return,
             }
         }
-        loop {
-            match jobs.try_recv() {
-                Ok(job) => core.add(job),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(job) = jobs.try_recv() {
+            core.add(job);
         }
         if catch_unwind(AssertUnwindSafe(|| core.step())).is_err() {
             tracing::error!("a step panicked: this is a bug; all running requests end with an error");

@@ -77,6 +77,8 @@ pub fn load(
         weights.ignore(|name| name == "lm_head.weight");
     }
     weights.finish()?;
+    // Streams belong to threads, and the engine runs on another: what was copied must be there before it starts.
+    backend.device().synchronize()?;
     model.shape.parameters = parameters;
 
     let mut eos = match &mut generation {

@@ -80,9 +80,18 @@ impl Backend {
 fn open(choice: DeviceChoice) -> Result<Device, BackendError> {
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
-        DeviceChoice::Cuda(n) => Device::new_cuda(n).map_err(|e| BackendError::NoDevice(choice, e.to_string())),
+        DeviceChoice::Auto => Ok(Device::new_cuda(0).unwrap_or_else(|e| {
+            tracing::info!("no CUDA device could be opened ({}); running on the CPU", first_line(&e));
+            Device::Cpu
+        })),
+        DeviceChoice::Cuda(n) => Device::new_cuda(n).map_err(|e| BackendError::NoDevice(choice, first_line(&e))),
     }
+}
+
+/// The message without the backtrace that candle may append.
+#[cfg(feature = "cuda")]
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -84,6 +84,9 @@ impl StepLayout {
                     segment.blocks.len()
                 );
             }
+            if let Some(block) = segment.blocks.iter().find(|b| b.0 as usize >= kv.shape.blocks) {
+                candle_core::bail!("KV block {} was given, but there are {}", block.0, kv.shape.blocks);
+            }
             position_t.extend((segment.start..segment.start + segment.len).map(|p| p as u32));
             segment_t.extend(std::iter::repeat_n(i as u32, segment.len));
         }

@@ -2,7 +2,8 @@
 //!
 //! `reference` is plain and obviously right, and what the fast paths are tested against. `cpu` packs weights
 //! at load into its kernels' layout and keeps activations in f32; `cuda` keeps candle tensors in the chosen
-//! dtype. In both, a token's result does not depend on the other tokens of the step.
+//! dtype. On the CPU a token's result does not depend on the other tokens of the step, to the bit; on CUDA that
+//! holds but for cuBLAS products, whose order of sums may follow the number of rows.
 //!
 //! Legend: T tokens in the step, I/O a projection's widths, D model width, F expert width, R routed rows.
 

@@ -143,10 +143,8 @@ fn the_oldest_waiting_sequence_is_never_overtaken_by_short_ones() {
     let plan = s.plan();
     s.commit(&plan);
     s.add(SeqId(1), 30);
-    let mut next = 2;
     for step in 0..200 {
-        s.add(SeqId(next), 1);
-        next += 1;
+        s.add(SeqId(2 + step), 1);
         let plan = s.plan();
         if plan.chunks.iter().any(|c| c.seq == SeqId(1)) {
             return;

@@ -143,7 +143,7 @@ impl CompletionRequest {
         fields.retain(|_, value| !value.is_null());
         for (field, nothing) in UNSUPPORTED {
             if let Some(value) = fields.remove(*field)
-                && value.to_string() != *nothing
+                && value.to_string().as_str() != *nothing
             {
                 let message = format!(
                     "{field} is not supported by this server; leave it out or give {nothing}; got {}",

@@ -1,6 +1,6 @@
 //! What several test modules need.
 
-use moe_serve::model::hub::{Files, HubOptions, resolve};
+use moe_serve::model::hub::Files;
 use moe_serve::model::{CausalLm, LoadError, LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::StepTokens;
 use moe_serve::moe::{Policy, RouteCtx, StepTrace};
@@ -28,21 +28,6 @@ pub fn files(dir: &Path) -> Files {
 
 pub fn try_load(dir: &Path, dtype: DtypeChoice) -> Result<Loaded, LoadError> {
     load(&files(dir), &LoadOptions { dtype, ..Default::default() }, |_, _| {})
-}
-
-pub fn bundled_files() -> Files {
-    let dir = repo("models/stories-mixtral");
-    resolve(dir.to_str().unwrap(), &HubOptions::default(), &indicatif::MultiProgress::hidden()).unwrap()
-}
-
-trait Hidden {
-    fn hidden() -> Self;
-}
-
-impl Hidden for indicatif::MultiProgress {
-    fn hidden() -> Self {
-        Self::with_draw_target(indicatif::ProgressDrawTarget::hidden())
-    }
 }
 
 /// Sequences run by hand, without engine and scheduler: each has its own scattered KV blocks.

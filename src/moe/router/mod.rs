@@ -50,8 +50,11 @@ pub struct RouterEntry {
     pub formula: &'static str,
     /// An example that every model accepts.
     pub example: &'static str,
-    parse: fn(&mut SpecArgs<'_>, &MoeShape) -> Result<Box<dyn Router>, SpecError>,
+    parse: Parse,
 }
+
+/// Makes a router of its arguments for a model of the given shape.
+type Parse = fn(&mut SpecArgs<'_>, &MoeShape) -> Result<Box<dyn Router>, SpecError>;
 
 /// Every router there is.
 pub static ROUTERS: &[RouterEntry] =

@@ -16,5 +16,12 @@ pub(super) use dense::Dense;
 pub(super) use experts::{GroupedSwiglu, GroupedSwigluBuilder};
 pub(super) use norm::{rms_norm, rotate};
 
+use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
+
+/// Bytes the current device has free.
+pub(super) fn free_memory() -> Option<u64> {
+    mem_get_info().ok().map(|(free, _)| free as u64)
+}
+
 #[cfg(test)]
 mod tests;
