@@ -151,7 +151,11 @@ impl Core {
         self.metrics.preempted(plan.preempted.len());
         if !plan.chunks.is_empty() {
             match self.forward(&plan) {
-                Ok((trace, logits)) => self.commit(&plan, &trace, logits, started),
+                Ok((trace, logits)) => {
+                    self.account(&plan, &trace);
+                    self.commit(&plan, logits);
+                    self.metrics.step(started.elapsed());
+                }
                 Err(error) => {
                     tracing::error!(%error, "a step failed; its requests end with an error");
                     self.fail(plan.chunks.iter().map(|c| c.seq).collect());
@@ -222,24 +226,31 @@ impl Core {
         Ok((routes.into_trace(), logits))
     }
 
-    /// Books the work of every token to its request, samples, and ends what is over.
-    fn commit(&mut self, plan: &Plan, trace: &StepTrace, mut logits: Vec<f32>, started: Instant) {
+    /// Books the work of every token, to its request and to the metrics: before any request can end, so that who
+    /// has read its answer finds its work counted.
+    fn account(&mut self, plan: &Plan, trace: &StepTrace) {
         let mut step_work = Work::default();
-        let mut logits = logits.chunks_exact_mut(self.model.shape().vocab);
-        let mut row = 0;
-        let mut over = Vec::new();
+        let mut rows = trace.experts_t.iter();
         for chunk in &plan.chunks {
             let Some(seq) = self.seqs.get_mut(&chunk.seq) else { continue };
-            for i in 0..chunk.len {
+            for (i, expert_rows) in rows.by_ref().take(chunk.len).enumerate() {
                 let context = (chunk.start + i + 1) as u64;
                 let lm_head = chunk.samples && i + 1 == chunk.len;
-                let work = self.cost.token(context, u64::from(trace.experts_t[row]), lm_head);
+                let work = self.cost.token(context, u64::from(*expert_rows), lm_head);
                 seq.work += work;
                 step_work += work;
-                row += 1;
             }
-            if chunk.samples
-                && let Some(logits) = logits.next()
+        }
+        let reads = ExpertReads::of(trace, self.model.expert_bytes() as u64);
+        self.metrics.routed(trace, &step_work, &reads, &self.expert_series);
+    }
+
+    /// Samples a token for every chunk that reaches its sequence's end, and removes what is over.
+    fn commit(&mut self, plan: &Plan, mut logits: Vec<f32>) {
+        let mut logits = logits.chunks_exact_mut(self.model.shape().vocab);
+        let mut over = Vec::new();
+        for chunk in plan.chunks.iter().filter(|c| c.samples) {
+            if let (Some(seq), Some(logits)) = (self.seqs.get_mut(&chunk.seq), logits.next())
                 && seq.advance(logits, &self.metrics)
             {
                 over.push(chunk.seq);
@@ -247,7 +258,5 @@ impl Core {
         }
         self.sched.commit(plan);
         over.into_iter().for_each(|id| self.remove(id));
-        let reads = ExpertReads::of(trace, self.model.expert_bytes() as u64);
-        self.metrics.step(trace, &step_work, &reads, &self.expert_series, started.elapsed());
     }
 }

@@ -204,14 +204,7 @@ impl Metrics {
         )
     }
 
-    pub(super) fn step(
-        &self,
-        trace: &StepTrace,
-        work: &Work,
-        reads: &ExpertReads,
-        experts: &ExpertSeries,
-        took: Duration,
-    ) {
+    pub(super) fn routed(&self, trace: &StepTrace, work: &Work, reads: &ExpertReads, experts: &ExpertSeries) {
         for (k, count) in trace.k_histogram.iter().enumerate() {
             observe_n(&self.experts_per_token, k as f64, *count);
         }
@@ -230,8 +223,11 @@ impl Metrics {
         for (layer, entropy) in trace.entropy_l.iter().enumerate() {
             self.router_entropy.with_label_values(&[layer.to_string()]).set(*entropy);
         }
-        self.step_seconds.observe(took.as_secs_f64());
         self.step_tokens.observe(work.tokens as f64);
+    }
+
+    pub(super) fn step(&self, took: Duration) {
+        self.step_seconds.observe(took.as_secs_f64());
     }
 
     pub(super) fn load(&self, waiting: usize, running: usize, (used, blocks): (usize, usize)) {

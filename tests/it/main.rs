@@ -1,4 +1,7 @@
 //! The integration tests: one binary, one module per subject.
 
+mod engine;
 mod golden;
+mod savings;
 mod support;
+mod tidy;

@@ -1,0 +1,212 @@
+//! The engine in process: batching changes nothing, blocks come back, the books are right.
+
+use crate::support::{repo, try_load};
+use moe_serve::engine::api::{Event, Events, Generate, SubmitError};
+use moe_serve::engine::{Engine, EngineConfig, Text};
+use moe_serve::moe::Policy;
+use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, SamplingParams, Usage};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+fn engine(dir: &Path, dtype: DtypeChoice, router: &str, config: EngineConfig) -> Engine {
+    let loaded = try_load(dir, dtype).unwrap();
+    // The tiny golden models have smaller vocabularies than the tokenizer: their text is not looked at.
+    let text = Text::read(&repo("models/stories-mixtral/tokenizer.json"), 4096).unwrap();
+    let policy = Policy::build(&router.parse().unwrap(), &loaded.model.shape().moe).unwrap();
+    Engine::start("test".into(), loaded, text, policy, config).unwrap()
+}
+
+fn bundled(router: &str, config: EngineConfig) -> Engine {
+    engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, router, config)
+}
+
+/// Requests of many kinds: lengths, seeds, routers, penalties.
+fn requests(engine: &Engine, n: usize) -> Vec<GenerateRequest> {
+    let text =
+        "Once upon a time there was a king who had three sons and a garden full of golden apples, and every night";
+    let ids = engine.encode(&format!("{text} {text} {text}")).unwrap();
+    let routers = [None, Some("topk:1"), Some("dynk:0.7"), Some("dynk:0.9,mass=full"), Some("uniform:3")];
+    let one = |i: usize| GenerateRequest {
+        ignore_eos: true,
+        router: routers[i % routers.len()].map(|r| r.parse().unwrap()),
+        sampling: SamplingParams {
+            temperature: [0.0, 0.7, 1.2][i % 3],
+            top_p: [1.0, 0.9][i % 2],
+            top_k: [0, 20, 0, 5][i % 4],
+            frequency_penalty: [0.0, 0.4][i % 2],
+            seed: Some(i as u64),
+            ..Default::default()
+        },
+        ..GenerateRequest::greedy(ids[i % 5..5 + (i * 7) % 60].to_vec(), 4 + (i * 5) % 30)
+    };
+    (0..n).map(one).collect()
+}
+
+fn run_together(engine: &Engine, requests: &[GenerateRequest]) -> Vec<(String, FinishReason, Usage)> {
+    let events: Vec<Events> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();
+    events.into_iter().map(|e| e.wait().unwrap()).collect()
+}
+
+fn run_alone(engine: &Engine, requests: &[GenerateRequest]) -> Vec<(String, FinishReason, Usage)> {
+    requests.iter().map(|r| engine.submit(r.clone()).unwrap().wait().unwrap()).collect()
+}
+
+/// The value of a series without labels, or with exactly these.
+fn metric(engine: &Engine, series: &str) -> f64 {
+    let text = engine.metrics();
+    let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no series {series}")).parse().unwrap()
+}
+
+#[test]
+fn what_a_request_is_batched_with_changes_nothing() {
+    let engine = bundled("native", EngineConfig { max_batched_tokens: 48, ..Default::default() });
+    let requests = requests(&engine, 40);
+    let alone = run_alone(&engine, &requests);
+    assert_eq!(run_together(&engine, &requests), alone);
+    let different =
+        |f: fn(&Usage) -> u64| alone.iter().map(|r| f(&r.2)).collect::<std::collections::HashSet<_>>().len();
+    assert!(different(|u| u.work.expert_rows) > 5, "the requests are too alike to prove anything");
+}
+
+#[test]
+fn preempted_requests_give_the_same_text_and_the_blocks_come_back() {
+    let block_bytes = 2 * 4 * 16 * 2 * 32 * 2;
+    let config = EngineConfig { kv_bytes: Some(12 * block_bytes), max_batched_tokens: 64, ..Default::default() };
+    let small = bundled("native", config);
+    let requests = requests(&small, 24);
+    let together = run_together(&small, &requests);
+    assert!(metric(&small, "moe_preemptions_total") > 0.0, "nothing was preempted: the test proves nothing");
+    let roomy = bundled("native", EngineConfig::default());
+    let alone = run_alone(&roomy, &requests);
+    let texts = |runs: &[(String, FinishReason, Usage)]| runs.iter().map(|r| r.0.clone()).collect::<Vec<_>>();
+    assert_eq!(texts(&together), texts(&alone));
+    assert_eq!(metric(&small, "moe_kv_cache_usage_ratio"), 0.0);
+    let work = |runs: &[(String, FinishReason, Usage)]| runs.iter().map(|r| r.2.work.tokens).sum::<u64>();
+    assert!(work(&together) > work(&alone), "recomputed tokens are work too");
+}
+
+#[test]
+fn the_books_agree_with_a_count_by_hand_on_a_tiny_model() {
+    // tests/golden/mixtral_gqa: two numbers per layer and token are all that varies with the router.
+    let dir = repo("tests/golden/mixtral_gqa");
+    let config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(dir.join("config.json")).unwrap()).unwrap();
+    let field = |name: &str| config[name].as_u64().unwrap();
+    let (d, f, e, k0) =
+        (field("hidden_size"), field("intermediate_size"), field("num_local_experts"), field("num_experts_per_tok"));
+    let (layers, vocab, heads, kv) =
+        (field("num_hidden_layers"), field("vocab_size"), field("num_attention_heads"), field("num_key_value_heads"));
+    let hd = d / heads;
+    let (prompt, generated) = (7u64, 5u64);
+
+    let engine = engine(&dir, DtypeChoice::F32, "topk:3", EngineConfig::default());
+    let mut request = GenerateRequest::greedy((0..prompt as u32).collect(), generated as usize);
+    request.ignore_eos = true;
+    let (_, _, usage) = engine.submit(request).unwrap().wait().unwrap();
+
+    // The last token is sampled and never computed. Token at position p sees p + 1 keys.
+    let tokens = prompt + generated - 1;
+    let keys: u64 = (1..=tokens).sum();
+    let attention = tokens * (2 * d * heads * hd * 2 + 2 * d * kv * hd * 2) + keys * 4 * heads * hd;
+    let other = layers * (attention + tokens * 2 * d * e) + generated * 2 * d * vocab;
+    let expert = 3 * 2 * d * f;
+    let (ran, native) = (layers * tokens * 3 * expert, layers * tokens * k0 * expert);
+    assert_eq!(usage.work.experts.ran, ran);
+    assert_eq!(usage.work.experts.native, native);
+    assert_eq!(usage.work.forward.ran, other + ran);
+    assert_eq!(usage.work.forward.native, other + native);
+    assert_eq!(usage.work.experts_per_token(), 3.0);
+
+    assert_eq!(metric(&engine, "moe_flops_total{scope=\"experts\"}"), ran as f64);
+    assert_eq!(metric(&engine, "moe_flops_native_total{scope=\"experts\"}"), native as f64);
+    assert_eq!(metric(&engine, "moe_flops_total{scope=\"forward\"}"), (other + ran) as f64);
+    assert_eq!(metric(&engine, "moe_flops_native_total{scope=\"forward\"}"), (other + native) as f64);
+    assert_eq!(metric(&engine, "moe_flops_saved_ratio{scope=\"experts\"}"), 1.0 - 3.0 / k0 as f64);
+    assert_eq!(metric(&engine, "moe_experts_per_token_count"), (layers * tokens) as f64);
+    assert_eq!(metric(&engine, "moe_experts_per_token_sum"), (3 * layers * tokens) as f64);
+    let per_expert: f64 = (0..layers)
+        .flat_map(|l| (0..e).map(move |x| (l, x)))
+        .map(|(l, x)| metric(&engine, &format!("moe_expert_tokens_total{{expert=\"{x}\",layer=\"{l}\"}}")))
+        .sum();
+    assert_eq!(per_expert, (3 * layers * tokens) as f64);
+    // One prefill step and one per token after the first; each read at least three experts of every layer.
+    assert_eq!(metric(&engine, "moe_unique_experts_per_step_count"), generated as f64);
+    let unique = metric(&engine, "moe_unique_experts_per_step_sum");
+    assert!(unique >= (generated * layers * 3) as f64 && unique <= (generated * layers * e) as f64);
+    let entropy = metric(&engine, "moe_router_entropy{layer=\"0\"}");
+    assert!(entropy > 0.0 && entropy < 1.0);
+}
+
+#[test]
+fn a_dropped_request_frees_its_blocks_and_others_go_on() {
+    let engine = bundled("native", EngineConfig::default());
+    let mut long = GenerateRequest::greedy(engine.encode("Once upon a time").unwrap(), 900);
+    long.ignore_eos = true;
+    let (dropped, kept) = (engine.submit(long.clone()).unwrap(), engine.submit(long).unwrap());
+    drop(dropped);
+    let (_, reason, usage) = kept.wait().unwrap();
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 900));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while metric(&engine, "vllm:num_requests_running{model_name=\"test\"}") > 0.0 {
+        assert!(Instant::now() < deadline, "the dropped request still runs");
+        std::thread::yield_now();
+    }
+    assert_eq!(metric(&engine, "moe_requests_total{finished_reason=\"abort\"}"), 1.0);
+    assert_eq!(metric(&engine, "moe_kv_cache_usage_ratio"), 0.0);
+}
+
+#[test]
+fn a_draining_engine_finishes_what_it_has_and_refuses_the_rest() {
+    let engine = bundled("native", EngineConfig::default());
+    let request =
+        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day").unwrap(), 100) };
+    let accepted = engine.submit(request.clone()).unwrap();
+    assert!(engine.ready());
+    engine.drain();
+    assert!(!engine.ready());
+    assert!(matches!(engine.submit(request), Err(SubmitError::Stopping)));
+    assert_eq!(accepted.wait().unwrap().2.completion_tokens, 100);
+    engine.stop();
+}
+
+#[test]
+fn a_full_queue_refuses_and_has_room_again_when_requests_end() {
+    let engine = bundled("native", EngineConfig { max_num_seqs: 1, max_queue: 1, ..Default::default() });
+    let request =
+        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day").unwrap(), 400) };
+    let running: Vec<Events> = (0..2).map(|_| engine.submit(request.clone()).unwrap()).collect();
+    assert_eq!(engine.submit(request.clone()).unwrap_err(), SubmitError::QueueFull { unfinished: 2, limit: 2 });
+    running.into_iter().for_each(|e| drop(e.wait().unwrap()));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    // The slot is given back just after the last event is sent.
+    while engine.submit(request.clone()).is_err() {
+        assert!(Instant::now() < deadline);
+    }
+}
+
+#[test]
+fn a_request_with_a_bad_router_is_refused_and_the_engine_goes_on() {
+    let engine = bundled("native", EngineConfig::default());
+    let mut request = GenerateRequest::greedy(engine.encode("One day").unwrap(), 3);
+    request.router = Some("topk:99".parse().unwrap());
+    let error = engine.submit(request.clone()).unwrap_err();
+    assert!(matches!(error, SubmitError::Router(_)), "{error}");
+    request.router = None;
+    assert!(engine.submit(request).unwrap().wait().is_ok());
+}
+
+#[test]
+fn events_are_texts_and_then_one_end() {
+    use futures::StreamExt;
+    let engine = bundled("dynk:0.8", EngineConfig::default());
+    let request = GenerateRequest::greedy(engine.encode("Once upon a time").unwrap(), 20);
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (whole, ..) = engine.submit(request.clone()).unwrap().wait().unwrap();
+    let events: Vec<Event> = runtime.block_on(engine.submit(request).unwrap().collect());
+    let (end, texts) = events.split_last().unwrap();
+    assert!(matches!(end, Event::Done { .. }));
+    let texts: Vec<&str> =
+        texts.iter().map(|e| if let Event::Text(t) = e { t.as_str() } else { panic!("{e:?}") }).collect();
+    assert_eq!(texts.concat(), whole);
+}
