@@ -10,6 +10,7 @@ use moe_serve::model::{LoadOptions, Loaded, load};
 use moe_serve::moe::Policy;
 use moe_serve::moe::router::ROUTERS;
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -89,7 +90,8 @@ fn router_help() -> String {
 fn main() -> Result<()> {
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     // Bound first: a taken port should not be found after minutes of loading.
     let address = format!("{}:{}", args.host, args.port);

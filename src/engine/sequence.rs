@@ -119,8 +119,7 @@ impl Sequence {
             self.send_text(text);
             return self.finish(FinishReason::Stop, metrics);
         }
-        // A stop string that came too early stays text, as a stop token would.
-        let (text, stopped) = self.text.push(id);
+        let (text, stopped) = self.text.push(id, !too_early);
         self.send_text(text);
         if stopped {
             return self.finish(FinishReason::Stop, metrics);

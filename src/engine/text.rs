@@ -74,12 +74,13 @@ impl TextStream {
         Self { text, skip_special, stops, sent: ids.len(), ids, held: String::new() }
     }
 
-    /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion.
-    pub(super) fn push(&mut self, id: TokenId) -> (String, bool) {
+    /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion; where it
+    /// `may_stop` not yet, what was said so far is no part of any stop string.
+    pub(super) fn push(&mut self, id: TokenId, may_stop: bool) -> (String, bool) {
         self.ids.push(id);
         let fresh = self.fresh(false);
         self.held.push_str(&fresh);
-        self.release(false)
+        if may_stop { self.release(false) } else { (std::mem::take(&mut self.held), false) }
     }
 
     /// Everything still held back; the completion ends here.
@@ -140,7 +141,7 @@ mod tests {
         let mut stream = TextStream::new(text.clone(), &prompt, true, stops.iter().map(|s| s.to_string()).collect());
         let mut pieces = Vec::new();
         for id in ids {
-            let (piece, stopped) = stream.push(*id);
+            let (piece, stopped) = stream.push(*id, true);
             pieces.push(piece);
             if stopped {
                 return (pieces, true);
@@ -180,6 +181,24 @@ mod tests {
         assert_eq!(pieces.concat(), "The cat sat on the ");
         let (pieces, stopped) = stream(&text, &ids, &["END of everything"]);
         assert_eq!((pieces.concat().as_str(), stopped), ("The cat sat on the mat. END of the story.", false));
+    }
+
+    #[test]
+    fn a_stop_string_before_the_least_length_is_text() {
+        let text = text();
+        let ids = text.encode("END and again END and more").unwrap();
+        let mut stream = TextStream::new(text.clone(), &[0], true, vec!["END".into()]);
+        let mut pieces = String::new();
+        let mut stopped = false;
+        for (i, id) in ids.iter().enumerate() {
+            let (piece, stop) = stream.push(*id, i >= ids.len() / 2 - 1);
+            pieces.push_str(&piece);
+            stopped |= stop;
+            if stopped {
+                break;
+            }
+        }
+        assert_eq!((pieces.as_str(), stopped), ("END and again ", true));
     }
 
     #[test]

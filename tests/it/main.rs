@@ -2,6 +2,7 @@
 
 mod engine;
 mod golden;
+mod readme;
 mod savings;
 mod support;
 mod tidy;

@@ -1,0 +1,106 @@
+//! The README's commands, tried.
+
+use crate::support::{repo, try_load};
+use moe_serve::engine::{Engine, EngineConfig, Text};
+use moe_serve::moe::Policy;
+use moe_serve::types::{DtypeChoice, RouterSpec};
+use std::process::Command;
+use std::sync::Arc;
+
+fn readme() -> String {
+    std::fs::read_to_string(repo("README.md")).unwrap()
+}
+
+/// Lines after `$ ` in console blocks, each with the lines that follow it.
+fn commands() -> Vec<(String, Vec<String>)> {
+    let mut commands: Vec<(String, Vec<String>)> = Vec::new();
+    for block in readme().split("```console\n").skip(1) {
+        for line in block.split("```").next().unwrap().lines() {
+            match (line.strip_prefix("$ "), commands.last_mut()) {
+                (Some(command), _) => commands.push((command.into(), Vec::new())),
+                (None, Some((_, output))) => output.push(line.into()),
+                (None, None) => panic!("output before a command: {line}"),
+            }
+        }
+    }
+    commands
+}
+
+#[test]
+fn every_server_command_has_known_flags_and_a_router_that_parses() {
+    let help = Command::new(env!("CARGO_BIN_EXE_moe-serve")).arg("--help").output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let mut seen = 0;
+    for (command, _) in commands() {
+        let args = command.strip_prefix("moe-serve ").or_else(|| command.strip_prefix("cargo run --release -- "));
+        let Some(args) = args else { continue };
+        seen += 1;
+        let words: Vec<&str> = args.split_whitespace().collect();
+        for flag in words.iter().filter(|w| w.starts_with("--")) {
+            assert!(help.contains(&format!("{flag} ")) || help.contains(&format!("{flag}\n")), "{command}: {flag}");
+        }
+        if let Some(at) = words.iter().position(|w| *w == "--router") {
+            words[at + 1].parse::<RouterSpec>().unwrap();
+        }
+    }
+    assert!(seen >= 4);
+    let cargo = std::fs::read_to_string(repo("Cargo.toml")).unwrap();
+    assert!(cargo.contains("default-run = \"moe-serve\""), "`cargo run` must run the server");
+    let ci = std::fs::read_to_string(repo(".ci/run")).unwrap();
+    assert!(ci.contains("cargo test"), "CI must run the README's test command");
+}
+
+#[test]
+fn every_file_of_the_file_map_exists() {
+    let readme = readme();
+    let table = readme.split("## Files").nth(1).unwrap().split("## ").next().unwrap();
+    let mut seen = 0;
+    for row in table.lines().filter(|l| l.starts_with("| `")) {
+        for path in row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2) {
+            assert!(repo(path).exists(), "README.md names {path}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 12);
+}
+
+#[test]
+fn every_request_gets_the_kind_of_answer_that_is_shown() {
+    let dir = repo("models/stories-mixtral");
+    let loaded = try_load(&dir, DtypeChoice::Auto).unwrap();
+    let text = Text::read(&dir.join("tokenizer.json"), loaded.model.shape().vocab).unwrap();
+    let policy = Policy::build(&"dynk:0.8".parse().unwrap(), &loaded.model.shape().moe).unwrap();
+    let engine = Engine::start("stories-mixtral".into(), loaded, text, policy, EngineConfig::default()).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        let app = moe_serve::http::app(Arc::new(engine));
+        tokio::spawn(moe_serve::http::serve(listener, app, std::future::pending()));
+        let client = reqwest::Client::new();
+        let mut seen = 0;
+        for (command, shown) in commands().into_iter().filter(|(c, _)| c.starts_with("curl")) {
+            seen += 1;
+            let path = command.split("localhost:8000").nth(1).unwrap().split(' ').next().unwrap();
+            let url = format!("{base}{path}");
+            let request = match command.split("-d '").nth(1) {
+                Some(body) => client.post(url).body(body.split('\'').next().unwrap().to_string()),
+                None => client.get(url),
+            };
+            let answer = request.send().await.unwrap().text().await.unwrap();
+            let names = |line: &str| line.split(['{', ' ', '"']).next().unwrap_or_default().to_string();
+            if path == "/metrics" {
+                // Values vary, names do not.
+                shown.iter().for_each(|l| assert!(answer.contains(&names(l)), "{l}"));
+            } else if shown[0].starts_with("data: ") {
+                let last = answer.trim_end().lines().last().unwrap();
+                assert_eq!(shown.iter().rfind(|l| !l.is_empty()).unwrap(), last);
+                assert_eq!(answer.matches("data: ").count(), 8, "five tokens, an end, the usage, [DONE]");
+                assert!(answer.contains("\"moe\":{\"experts_per_token\":1."));
+            } else {
+                assert_eq!(answer, shown[0]);
+            }
+        }
+        assert!(seen >= 3);
+    });
+}
