@@ -4,12 +4,16 @@
 //! and an async runtime for a chunked transfer that needs the hub's own servers. Both share the Python cache.
 
 use super::LoadError;
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The files of one checkpoint.
 #[derive(Clone, Debug)]
@@ -138,7 +142,7 @@ fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, Lo
 
 /// The distinct files that an index maps tensors to.
 fn shard_names(index: &Path) -> Result<BTreeSet<String>, LoadError> {
-    let text = std::fs::read_to_string(index).map_err(LoadError::io(index))?;
+    let text = fs::read_to_string(index).map_err(LoadError::io(index))?;
     let json: Value = serde_json::from_str(&text).map_err(|e| LoadError::file(index, format!("is not JSON: {e}")))?;
     let map = json.get("weight_map").and_then(Value::as_object);
     let map = map.ok_or_else(|| LoadError::file(index, "has no object `weight_map`"))?;
@@ -171,32 +175,91 @@ fn download(
     bars: &MultiProgress,
 ) -> Result<Files, LoadError> {
     let token = options.token.clone().or_else(|| cache.token());
-    let explain = |error: ApiError| explain(model, &repo, token.is_some(), &error);
-    let mut builder = ApiBuilder::from_cache(cache.clone()).with_token(token.clone()).with_retries(3);
-    if let Some(endpoint) = &options.endpoint {
-        builder = builder.with_endpoint(endpoint.clone());
-    }
-    let remote = builder.build().map_err(explain)?.repo(repo.clone());
-    let info = remote.info().map_err(explain)?;
+    let endpoint = options.endpoint.as_deref().unwrap_or(HUB);
+    let explain = |error: ApiError| explain(model, &repo, endpoint, token.is_some(), &error);
+    // Without retries: hf-hub's own append at the wrong place when the first request of a resumed file fails.
+    let builder = ApiBuilder::from_cache(cache.clone()).with_token(token.clone()).with_retries(0);
+    let api = builder.with_endpoint(endpoint.into()).build().map_err(explain)?;
+    let info = api.repo(repo.clone()).info().map_err(explain)?;
     tracing::info!(model, commit = info.sha, "downloading into {}", cache.path().display());
+    // By commit from here on: a branch that moves, now or between two starts, must not mix two checkpoints.
+    let pinned = Repo::with_revision(model.into(), RepoType::Model, info.sha.clone());
+    let remote = Remote { repo: api.repo(pinned.clone()), api, cache: cache.repo(pinned.clone()), bars };
+    cache.repo(repo.clone()).create_ref(&info.sha).map_err(LoadError::io(cache.path()))?;
     collect(model, |name| {
         if !info.siblings.iter().any(|s| s.rfilename == name) {
             return Ok(None);
         }
-        match find_cached(&cache, &repo, name) {
+        match find_cached(&cache, &pinned, name) {
             Some(path) => Ok(Some(path)),
-            None => fetch(&remote, name, bars).map(Some).map_err(explain),
+            None => remote.fetch(name).map(Some).map_err(explain),
         }
     })
 }
 
-fn fetch(remote: &ApiRepo, name: &str, bars: &MultiProgress) -> Result<PathBuf, ApiError> {
-    tracing::info!("downloading {name}");
-    remote.download_with_progress(name, Bar(bars.add(ProgressBar::new(0))))
+/// Where models come from when nothing else is said.
+const HUB: &str = "https://huggingface.co";
+/// Requests for one file beyond the first, each taking up where the one before broke off.
+const RETRIES: u32 = 3;
+
+/// One commit on the hub and its place in the cache.
+struct Remote<'a> {
+    api: Api,
+    repo: ApiRepo,
+    cache: CacheRepo,
+    bars: &'a MultiProgress,
+}
+
+impl Remote<'_> {
+    fn fetch(&self, name: &str) -> Result<PathBuf, ApiError> {
+        tracing::info!("downloading {name}");
+        let mut attempt = 0;
+        loop {
+            match self.fetch_once(name) {
+                Err(error) if attempt < RETRIES && is_transient(&error) => {
+                    attempt += 1;
+                    tracing::warn!("downloading {name}: {error}; trying again ({attempt} of {RETRIES})");
+                    std::thread::sleep(Duration::from_millis(200 << attempt));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Downloads the rest of a file. What is not as long as announced is thrown away: hf-hub does not look.
+    fn fetch_once(&self, name: &str) -> Result<PathBuf, ApiError> {
+        let expected = Arc::new(AtomicU64::new(0));
+        let bar = Bar { bar: self.bars.add(ProgressBar::new(0)), expected: expected.clone() };
+        let path = match self.repo.download_with_progress(name, bar) {
+            Err(error) if matches!(error, ApiError::InvalidResume) || status_of(&error) == Some(416) => {
+                // What an earlier start left is no beginning of this file.
+                let etag = self.api.metadata(&self.repo.url(name))?.etag().to_string();
+                fs::remove_file(self.cache.blob_path(&etag).with_extension("part"))?;
+                return Err(error);
+            }
+            result => result?,
+        };
+        let (got, expected) = (fs::metadata(&path)?.len(), expected.load(Ordering::Relaxed));
+        if got != expected {
+            fs::remove_file(fs::canonicalize(&path)?)?;
+            fs::remove_file(&path)?;
+            let problem = format!("{name} has {expected} bytes, but {got} came");
+            return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, problem).into());
+        }
+        Ok(path)
+    }
+}
+
+/// Whether asking again may help.
+fn is_transient(error: &ApiError) -> bool {
+    match status_of(error) {
+        Some(status) => status >= 500 || status == 416,
+        None => matches!(error, ApiError::RequestError(_) | ApiError::IoError(_) | ApiError::InvalidResume),
+    }
 }
 
 /// Says what to do about a failed request.
-fn explain(model: &str, repo: &Repo, has_token: bool, error: &ApiError) -> LoadError {
+fn explain(model: &str, repo: &Repo, endpoint: &str, has_token: bool, error: &ApiError) -> LoadError {
     let status = status_of(error);
     let access = match has_token {
         true => {
@@ -214,7 +277,8 @@ fn explain(model: &str, repo: &Repo, has_token: bool, error: &ApiError) -> LoadE
             "the hub refuses more requests for now (429) while fetching {model}; try again later or give HF_TOKEN"
         ),
         _ => format!(
-            "fetching {model} (revision {revision}) failed: {error}; a download that broke off is resumed by the next start"
+            "fetching {model} (revision {revision}) from {endpoint} failed: {error}; a download that broke off is resumed by \
+             the next start"
         ),
     })
 }
@@ -231,21 +295,27 @@ fn status_of(error: &ApiError) -> Option<u16> {
 }
 
 /// A download's progress bar; drawn on a terminal only.
-struct Bar(ProgressBar);
+struct Bar {
+    bar: ProgressBar,
+    /// Bytes the whole file has, by the hub's word.
+    expected: Arc<AtomicU64>,
+}
 
 impl hf_hub::api::Progress for Bar {
     fn init(&mut self, size: usize, filename: &str) {
-        self.0.set_length(size as u64);
-        self.0.set_message(filename.to_string());
-        self.0.set_style(bar_style());
+        self.expected.store(size as u64, Ordering::Relaxed);
+        self.bar.reset();
+        self.bar.set_length(size as u64);
+        self.bar.set_message(filename.to_string());
+        self.bar.set_style(bar_style());
     }
 
     fn update(&mut self, size: usize) {
-        self.0.inc(size as u64);
+        self.bar.inc(size as u64);
     }
 
     fn finish(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 

@@ -45,8 +45,7 @@ impl RopeConfig {
             Some(n) => n,
             None => rope.opt("original_max_position_embeddings")?.unwrap_or(max_positions as f64),
         };
-        let kind = map.get("rope_type").or(map.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let scaling = match kind {
+        let scaling = match rope.kind()? {
             "default" => Scaling::None,
             "linear" => Scaling::Linear { factor: rope.need("factor")? },
             "llama3" => Scaling::Llama3 {
@@ -129,6 +128,15 @@ struct Fields<'a> {
 impl Fields<'_> {
     fn error(&self, name: &str, problem: impl ToString) -> LoadError {
         self.config.error(&format!("{}.{name}", self.field), problem)
+    }
+
+    /// The scaling's name, under its new or its old key.
+    fn kind(&self) -> Result<&str, LoadError> {
+        match ["rope_type", "type"].into_iter().find_map(|key| self.map.get(key).filter(|v| !v.is_null())) {
+            None => Ok("default"),
+            Some(Value::String(kind)) => Ok(kind),
+            Some(other) => Err(self.error("rope_type", format!("must be a string; got {other}"))),
+        }
     }
 
     /// A number of zero or more; absent and null are the same.

@@ -1,0 +1,104 @@
+//! Checks against text and checkpoints that lie outside the repository, in ../shared or where MOE_SHARED_DIR says.
+
+use crate::checkpoint::quiet;
+use crate::support::Runner;
+use moe_serve::engine::Text;
+use moe_serve::model::hub::{HubOptions, resolve};
+use moe_serve::model::{LoadOptions, Loaded, load};
+use moe_serve::types::DtypeChoice;
+use std::path::PathBuf;
+
+/// Tokens of a window; every token but the first is predicted.
+const WINDOW: usize = 256;
+/// Windows over which the perplexities of SOURCE.txt were measured.
+const WINDOWS: usize = 202;
+/// Windows that are one step together.
+const BATCH: usize = 8;
+
+/// `data/checkpoints` of the shared folder, if it is here.
+fn checkpoints() -> Option<PathBuf> {
+    let beside = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared"));
+    let shared = std::env::var_os("MOE_SHARED_DIR").map_or_else(beside, PathBuf::from);
+    let dir = shared.join("data/checkpoints");
+    if !dir.join("stories-held-out.txt").is_file() {
+        eprintln!("SKIPPED: ../shared/data is not here");
+        return None;
+    }
+    Some(dir)
+}
+
+/// A checkpoint in f32 and the held-out windows in its tokens.
+struct HeldOut {
+    loaded: Loaded,
+    windows: Vec<Vec<u32>>,
+}
+
+impl HeldOut {
+    fn read(name: &str) -> Option<Self> {
+        let dir = checkpoints()?;
+        let files = resolve(dir.join(name).to_str().unwrap(), &HubOptions::default(), &quiet()).unwrap();
+        let options = LoadOptions { dtype: DtypeChoice::F32, ..Default::default() };
+        let loaded = load(&files, &options, |_, _| {}).unwrap();
+        let text = Text::read(&files.tokenizer, loaded.model.shape().vocab).unwrap();
+        let ids = text.encode(&std::fs::read_to_string(dir.join("stories-held-out.txt")).unwrap()).unwrap();
+        let windows: Vec<Vec<u32>> = ids.chunks_exact(WINDOW).map(<[u32]>::to_vec).collect();
+        assert!(windows.len() >= WINDOWS, "{} windows of held-out text", windows.len());
+        Some(Self { loaded, windows })
+    }
+
+    /// Perplexity and mean experts per token and layer over the first `count` windows.
+    fn measure(&self, router: &str, count: usize) -> (f64, f64) {
+        let layers = self.loaded.model.shape().moe.layers;
+        let (mut nats, mut predicted, mut experts, mut tokens) = (0.0, 0, 0, 0);
+        for batch in self.windows[..count].chunks(BATCH) {
+            let mut runner = Runner::new(&self.loaded.model, batch.len(), WINDOW, router);
+            let parts: Vec<(usize, &[u32])> = batch.iter().enumerate().map(|(s, w)| (s, &w[..])).collect();
+            let logits = runner.step(&parts);
+            for (window, logits) in batch.iter().zip(logits.chunks(WINDOW)) {
+                for (row, next) in logits.iter().zip(&window[1..]) {
+                    nats -= log_softmax(row, *next);
+                    predicted += 1;
+                }
+            }
+            experts += runner.last_trace.experts_t.iter().map(|e| *e as usize).sum::<usize>();
+            tokens += batch.len() * WINDOW;
+        }
+        ((nats / f64::from(predicted)).exp(), experts as f64 / (tokens * layers) as f64)
+    }
+}
+
+fn log_softmax(logits: &[f32], of: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::MIN, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from(x - max).exp()).sum();
+    f64::from(logits[of as usize] - max) - sum.ln()
+}
+
+fn assert_perplexity(name: &str, want: f64, top_k: f64) {
+    let Some(held_out) = HeldOut::read(name) else { return };
+    let (perplexity, mean_k) = held_out.measure("native", WINDOWS);
+    eprintln!("{name}: perplexity {perplexity:.3} over {WINDOWS} windows, mean k {mean_k}");
+    assert!((perplexity - want).abs() < 0.05, "{name}: perplexity {perplexity:.3}, transformers has {want}");
+    assert_eq!(mean_k, top_k);
+}
+
+#[test]
+fn held_out_perplexity_of_stories_mixtral_is_that_of_transformers() {
+    assert_perplexity("stories-mixtral", 35.62, 2.0);
+}
+
+#[test]
+fn held_out_perplexity_of_stories_olmoe_is_that_of_transformers() {
+    assert_perplexity("stories-olmoe", 39.49, 4.0);
+}
+
+#[test]
+fn mean_k_of_dynk_is_what_the_router_probabilities_say() {
+    let Some(held_out) = HeldOut::read("stories-mixtral") else { return };
+    for (mass, want) in [("native", [1.00, 1.28, 1.62, 1.98]), ("full", [1.60, 2.36, 3.82, 6.44])] {
+        for (tau, want) in [0.5, 0.65, 0.8, 0.95].into_iter().zip(want) {
+            let (perplexity, mean_k) = held_out.measure(&format!("dynk:{tau},mass={mass}"), 16);
+            eprintln!("dynk:{tau},mass={mass}: mean k {mean_k:.3}, perplexity {perplexity:.2}");
+            assert!((mean_k - want).abs() <= 0.02, "dynk:{tau},mass={mass}: mean k is {mean_k:.3}, not {want}");
+        }
+    }
+}
