@@ -89,7 +89,7 @@ fn wrong_types() -> Vec<Case> {
     }
     for name in ["max_tokens", "min_tokens", "top_k", "seed"] {
         cases.push(field(name, json!(1.5), &["whole number", "got 1.5"]));
-        cases.push(raw(name, "99999999999999999999", &["whole number", "got 99999999999999999999"]));
+        cases.push(raw(name, "99999999999999999999", &["whole number", "got 1e+20"]));
     }
     for name in ["stream", "ignore_eos", "skip_special_tokens"] {
         for value in [json!("true"), json!(1), json!([])] {

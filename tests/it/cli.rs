@@ -138,7 +138,7 @@ fn flags_that_cannot_be_read_are_refused_with_what_they_take() {
         (&["--port", "70000"], &["--port", "70000", "65535"]),
         (&["--max-num-seqs", "0"], &["--max-num-seqs", "0", "1..=65536"]),
         (&["--max-batched-tokens", "0"], &["--max-batched-tokens", "0"]),
-        (&["--kv-cache-gb", "-1"], &["--kv-cache-gb", "-1", "above 0"]),
+        (&["--kv-cache-gb=-1"], &["--kv-cache-gb", "-1", "above 0"]),
         (&["--kv-cache-gb", "nan"], &["--kv-cache-gb", "nan", "above 0"]),
         (&["--modle", "x"], &["--modle", "--model"]),
         (&["surplus"], &["surplus"]),

@@ -127,13 +127,15 @@ pub struct ServerOptions {
     pub config: EngineConfig,
     /// Tokens that end a completion, instead of the checkpoint's.
     pub eos: Option<Vec<TokenId>>,
+    /// A tokenizer.json, instead of the checkpoint's.
+    pub tokenizer: Option<PathBuf>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
         // A cache of 16 Ki tokens in f32 is plenty, and quicker to clear than the default.
         let config = EngineConfig { kv_bytes: Some(32 << 20), ..Default::default() };
-        Self { router: "native", dtype: DtypeChoice::F32, config, eos: None }
+        Self { router: "native", dtype: DtypeChoice::F32, config, eos: None, tokenizer: None }
     }
 }
 
@@ -178,7 +180,7 @@ impl Server {
             loaded.eos = eos;
         }
         let shape = loaded.model.shape();
-        let text = Text::read(&files.tokenizer, shape.vocab).unwrap();
+        let text = Text::read(options.tokenizer.as_ref().unwrap_or(&files.tokenizer), shape.vocab).unwrap();
         let policy = Policy::build(&options.router.parse().unwrap(), &shape.moe).unwrap();
         let engine = Arc::new(Engine::start("stories".into(), loaded, text, policy, options.config).unwrap());
         let (stop, stopped) = tokio::sync::oneshot::channel();
