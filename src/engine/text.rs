@@ -85,12 +85,15 @@ impl TextStream {
         Self { text, skip_special, stops, sent: ids.len(), before, cut: 0, ids, held: String::new() }
     }
 
-    /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion.
-    pub(super) fn push(&mut self, id: TokenId) -> (String, bool) {
+    /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion; where it
+    /// `may_stop` not, stop strings are text.
+    pub(super) fn push(&mut self, id: TokenId, may_stop: bool) -> (String, bool) {
         self.ids.push(id);
         let fresh = self.fresh(false);
         self.held.push_str(&fresh);
-        self.release(false)
+        let early = if may_stop { String::new() } else { self.past_stops() };
+        let (text, stopped) = self.release(false);
+        (early + &text, stopped)
     }
 
     /// Everything still held back; the completion ends here.
@@ -122,6 +125,13 @@ impl TextStream {
         }
         self.sent = self.ids.len();
         fresh
+    }
+
+    /// What is held back, up to the end of the last whole stop string.
+    fn past_stops(&mut self) -> String {
+        let ends = self.stops.iter().filter_map(|stop| self.held.rfind(stop.as_str()).map(|at| at + stop.len()));
+        let end = ends.max().unwrap_or(0);
+        self.held.drain(..end).collect()
     }
 
     fn release(&mut self, all: bool) -> (String, bool) {
@@ -165,7 +175,7 @@ mod tests {
         let mut stream = TextStream::new(text.clone(), &prompt, true, stops.iter().map(|s| s.to_string()).collect());
         let mut pieces = Vec::new();
         for id in ids {
-            let (piece, stopped) = stream.push(*id);
+            let (piece, stopped) = stream.push(*id, true);
             pieces.push(piece);
             if stopped {
                 return (pieces, true);
@@ -213,7 +223,8 @@ mod tests {
         for prompt in [vec![256], ids("🦀🦀"), ids("é日"), ids("🦀日本"), [ids("🦀🦀🦀"), vec![256]].concat()]
         {
             let mut stream = TextStream::new(text.clone(), &prompt, true, Vec::new());
-            let pieces: Vec<String> = ids(original).into_iter().chain([256]).map(|id| stream.push(id).0).collect();
+            let pieces: Vec<String> =
+                ids(original).into_iter().chain([256]).map(|id| stream.push(id, true).0).collect();
             assert_eq!(pieces.concat(), format!("{original} a"), "after {prompt:?}: {pieces:?}");
         }
     }
