@@ -4,6 +4,7 @@ use crate::support::{Series, Server, ServerOptions, repo};
 use futures::StreamExt;
 use moe_serve::engine::EngineConfig;
 use moe_serve::engine::api::Generate;
+use moe_serve::types::DtypeChoice;
 use moe_serve::wire::{CompletionResponse, UsageBody};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -228,8 +229,8 @@ async fn requests_at_the_same_time_give_exactly_what_each_gives_alone() {
     // Few sequences and few tokens at a time, so that requests wait, join and leave in mid-flight.
     let config =
         EngineConfig { max_num_seqs: 10, max_batched_tokens: 24, kv_bytes: Some(4 << 20), ..Default::default() };
-    for router in ["native", "dynk:0.8"] {
-        let server = Server::start(ServerOptions { router, config, ..Default::default() });
+    for (router, dtype) in [("native", DtypeChoice::F32), ("dynk:0.8", DtypeChoice::Bf16)] {
+        let server = Server::start(ServerOptions { router, dtype, config, ..Default::default() });
         let starts =
             ["Once upon a time", "Tom and Lily", "A big dog", "The moon was", "\"Hello,\" said the", "One day"];
         let body = |i: usize| {
