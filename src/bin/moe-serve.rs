@@ -99,7 +99,11 @@ fn main() -> Result<()> {
         runtime.block_on(TcpListener::bind(&address)).with_context(|| format!("cannot listen on {address}"))?;
     let engine = Arc::new(build(&args)?);
     println!("address    http://{}  (POST /v1/completions)", listener.local_addr()?);
-    runtime.block_on(run(listener, engine, Duration::from_secs(args.shutdown_timeout)))
+    let result = runtime.block_on(run(listener, engine.clone(), Duration::from_secs(args.shutdown_timeout)));
+    // Connections that are cut off go before the engine, which finishes every request that someone listens to.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    engine.stop();
+    result
 }
 
 /// Loads the model, starts the engine, and says what is served.

@@ -180,7 +180,7 @@ impl Core {
 
     fn fail(&mut self, ids: Vec<SeqId>) {
         for id in ids {
-            if let Some(seq) = self.seqs.get(&id) {
+            if let Some(seq) = self.seqs.get_mut(&id) {
                 seq.fail("the engine failed while computing this request; see the server's log", &self.metrics);
             }
             self.remove(id);

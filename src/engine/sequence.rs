@@ -54,7 +54,7 @@ pub(super) struct Sequence {
     arrived: Instant,
     last_token: Option<Instant>,
     admitted: bool,
-    _slot: Slot,
+    slot: Option<Slot>,
 }
 
 impl Sequence {
@@ -78,7 +78,7 @@ impl Sequence {
             arrived: job.arrived,
             last_token: None,
             admitted: false,
-            _slot: job.slot,
+            slot: Some(job.slot),
         }
     }
 
@@ -119,6 +119,7 @@ impl Sequence {
             self.send_text(text);
             return self.finish(FinishReason::Stop, metrics);
         }
+        // A stop string that comes too early stays text.
         let (text, stopped) = self.text.push(id, !too_early);
         self.send_text(text);
         if stopped {
@@ -143,13 +144,19 @@ impl Sequence {
     fn finish(&mut self, reason: FinishReason, metrics: &Metrics) -> bool {
         let usage = Usage { prompt_tokens: self.prompt_len, completion_tokens: self.completion_len(), work: self.work };
         metrics.finished(reason, &usage, self.arrived.elapsed());
-        let _ = self.events.try_send(Event::Done { reason, usage });
+        self.end(Event::Done { reason, usage });
         true
     }
 
     /// Ends the request with an error.
-    pub(super) fn fail(&self, message: &str, metrics: &Metrics) {
+    pub(super) fn fail(&mut self, message: &str, metrics: &Metrics) {
         metrics.ended("error");
-        let _ = self.events.try_send(Event::Failed(message.to_string()));
+        self.end(Event::Failed(message.to_string()));
+    }
+
+    fn end(&mut self, event: Event) {
+        // Free before the client knows, who may come back at once.
+        self.slot = None;
+        let _ = self.events.try_send(event);
     }
 }

@@ -52,6 +52,8 @@ impl Text {
 const CONTEXT_TOKENS: usize = 6;
 /// Tokens after which an unfinished character is taken for invalid bytes: UTF-8 has at most 4 bytes.
 const UNFINISHED_TOKENS_MAX: usize = 4;
+/// What bytes that are no character decode to.
+const REPLACEMENT: char = '\u{FFFD}';
 
 /// Turns one completion's tokens into text that can be sent: whole characters, and nothing that may still turn out
 /// to be the beginning of a stop string.
@@ -59,10 +61,14 @@ pub(super) struct TextStream {
     text: Text,
     skip_special: bool,
     stops: Vec<String>,
-    /// Context and tokens not yet sent in full.
+    /// Context and tokens not yet sent in full. Begins where text was sent up to, so that no character is cut.
     ids: Vec<TokenId>,
-    /// `ids[..sent]` is context: its text is out.
+    /// How many of `ids` there were when text was last sent.
     sent: usize,
+    /// What of `ids`' text is out.
+    before: String,
+    /// Where `ids` can be cut next: text was sent up to there.
+    cut: usize,
     /// Text held back.
     held: String,
 }
@@ -70,17 +76,24 @@ pub(super) struct TextStream {
 impl TextStream {
     /// After `prompt`, whose last tokens are context.
     pub(super) fn new(text: Text, prompt: &[TokenId], skip_special: bool, stops: Vec<String>) -> Self {
-        let ids = prompt[prompt.len().saturating_sub(CONTEXT_TOKENS)..].to_vec();
-        Self { text, skip_special, stops, sent: ids.len(), ids, held: String::new() }
+        let suffix = |len: usize| &prompt[prompt.len().saturating_sub(len)..];
+        let starts = |ids: &&[TokenId]| !text.decode(ids, skip_special).starts_with(REPLACEMENT);
+        // A few tokens more if these begin within a character.
+        let ids = (CONTEXT_TOKENS..CONTEXT_TOKENS + UNFINISHED_TOKENS_MAX).map(suffix).find(starts);
+        let ids = ids.unwrap_or_else(|| suffix(CONTEXT_TOKENS)).to_vec();
+        let before = text.decode(&ids, skip_special);
+        Self { text, skip_special, stops, sent: ids.len(), before, cut: 0, ids, held: String::new() }
     }
 
     /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion; where it
-    /// `may_stop` not yet, what was said so far is no part of any stop string.
+    /// `may_stop` not, stop strings are text.
     pub(super) fn push(&mut self, id: TokenId, may_stop: bool) -> (String, bool) {
         self.ids.push(id);
         let fresh = self.fresh(false);
         self.held.push_str(&fresh);
-        if may_stop { self.release(false) } else { (std::mem::take(&mut self.held), false) }
+        let early = if may_stop { String::new() } else { self.past_stops() };
+        let (text, stopped) = self.release(false);
+        (early + &text, stopped)
     }
 
     /// Everything still held back; the completion ends here.
@@ -90,20 +103,35 @@ impl TextStream {
         self.release(true)
     }
 
-    /// Text of the tokens not sent, if it ends with a whole character (or must be had anyway).
+    /// Text of the tokens not sent, up to the last whole character (or all of it, if it must be had anyway).
     fn fresh(&mut self, anyway: bool) -> String {
-        let before = self.text.decode(&self.ids[..self.sent], self.skip_special);
         let after = self.text.decode(&self.ids, self.skip_special);
-        let unfinished = after.ends_with('\u{FFFD}');
-        if unfinished && !anyway && self.ids.len() - self.sent <= UNFINISHED_TOKENS_MAX {
+        let stuck = self.ids.len() - self.sent > UNFINISHED_TOKENS_MAX;
+        let ready = if anyway || stuck { after.as_str() } else { after.trim_end_matches(REPLACEMENT) };
+        let whole = ready.len() == after.len();
+        let same = common(&self.before, ready);
+        if same == ready.len() && !whole {
             return String::new();
         }
-        // A decoder that looks back further than the context would break this; then the whole text stands.
-        let fresh = after.strip_prefix(&before).map_or_else(|| after.clone(), String::from);
-        let keep = self.ids.len().saturating_sub(CONTEXT_TOKENS);
-        self.ids.drain(..keep);
+        let fresh = ready[same..].to_string();
+        self.before = ready.to_string();
+        if self.ids.len() - self.cut >= CONTEXT_TOKENS {
+            self.ids.drain(..self.cut);
+            self.cut = self.ids.len();
+            self.before = self.text.decode(&self.ids, self.skip_special);
+            if !whole {
+                self.before.truncate(self.before.trim_end_matches(REPLACEMENT).len());
+            }
+        }
         self.sent = self.ids.len();
         fresh
+    }
+
+    /// What is held back, up to the end of the last whole stop string.
+    fn past_stops(&mut self) -> String {
+        let ends = self.stops.iter().filter_map(|stop| self.held.rfind(stop.as_str()).map(|at| at + stop.len()));
+        let end = ends.max().unwrap_or(0);
+        self.held.drain(..end).collect()
     }
 
     fn release(&mut self, all: bool) -> (String, bool) {
@@ -117,6 +145,12 @@ impl TextStream {
         let rest = self.held.split_off(self.held.len() - keep);
         (std::mem::replace(&mut self.held, rest), false)
     }
+}
+
+/// Bytes of the longest beginning that `a` and `b` share, in whole characters.
+fn common(a: &str, b: &str) -> usize {
+    let differs = a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y);
+    differs.map_or(a.len().min(b.len()), |((at, _), _)| at)
 }
 
 /// Bytes of the longest proper beginning of `stop` that `text` ends with.
@@ -161,6 +195,38 @@ mod tests {
         let (pieces, stopped) = stream(&text, &ids, &[]);
         assert_eq!((pieces.concat().as_str(), stopped), (original, false));
         assert!(pieces.iter().all(|p| !p.contains('\u{FFFD}')));
+    }
+
+    /// A tokenizer as Llama's and Mixtral's: characters it does not know are a token per byte, ids 0 to 255.
+    fn byte_fallback() -> Text {
+        let mut vocab: serde_json::Map<_, _> = (0..256).map(|b| (format!("<0x{b:02X}>"), b.into())).collect();
+        vocab.insert("▁a".into(), 256.into());
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null,
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ]},
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": true, "vocab": vocab, "merges": []},
+        });
+        Text { tokenizer: Arc::new(json.to_string().parse().unwrap()) }
+    }
+
+    #[test]
+    fn characters_of_byte_tokens_survive_in_long_runs_and_after_a_prompt_of_them() {
+        let text = byte_fallback();
+        let ids = |s: &str| -> Vec<TokenId> { s.bytes().map(TokenId::from).collect() };
+        let original = "🦀🦀🦀é🦀日本🦀☃é🦀🦀";
+        for prompt in [vec![256], ids("🦀🦀"), ids("é日"), ids("🦀日本"), [ids("🦀🦀🦀"), vec![256]].concat()]
+        {
+            let mut stream = TextStream::new(text.clone(), &prompt, true, Vec::new());
+            let pieces: Vec<String> =
+                ids(original).into_iter().chain([256]).map(|id| stream.push(id, true).0).collect();
+            assert_eq!(pieces.concat(), format!("{original} a"), "after {prompt:?}: {pieces:?}");
+        }
     }
 
     #[test]

@@ -153,8 +153,9 @@ impl CompletionRequest {
             }
         }
         if let Some(field) = fields.keys().find(|f| !Self::FIELDS.contains(&f.as_str())) {
+            let field = cut(field);
             let message = format!("unknown field `{field}`; known are {}", Self::FIELDS.join(", "));
-            return Err(RequestError { param: Some(field.clone()), message });
+            return Err(RequestError { param: Some(field), message });
         }
         Self::typed(&fields)
     }
@@ -206,11 +207,14 @@ fn get<T: DeserializeOwned>(
 
 /// A value as it was given, cut to a length that fits a message.
 fn shown(value: &Value) -> String {
+    cut(&value.to_string())
+}
+
+fn cut(text: &str) -> String {
     const CHARS_MAX: usize = 80;
-    let text = value.to_string();
     match text.char_indices().nth(CHARS_MAX) {
         Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
+        None => text.to_string(),
     }
 }
 

@@ -1,8 +1,13 @@
 //! The integration tests: one binary, one module per subject.
 
+mod bad_input;
 mod checkpoint;
+mod cli;
 mod engine;
 mod golden;
+mod http;
+mod http_metrics;
+mod http_scripted;
 mod hub;
 mod loading;
 mod memory;

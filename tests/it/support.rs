@@ -1,13 +1,17 @@
 //! What several test modules need.
 
-use moe_serve::model::hub::Files;
+use moe_serve::engine::{Engine, EngineConfig, Text};
+use moe_serve::model::hub::{Files, HubOptions, resolve};
 use moe_serve::model::{CausalLm, LoadError, LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::StepTokens;
 use moe_serve::moe::{Policy, RouteCtx, StepTrace};
 use moe_serve::ops::{KvCache, KvShape, Segment, StepLayout, to_host};
-use moe_serve::types::{BlockId, DtypeChoice};
+use moe_serve::types::{BlockId, DtypeChoice, TokenId};
+use moe_serve::wire::{Chunk, CompletionResponse};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A file or folder of this repository.
 pub fn repo(path: &str) -> PathBuf {
@@ -98,4 +102,195 @@ pub fn argmax(logits: &[f32]) -> u32 {
         }
     }
     best as u32
+}
+
+/// How a [`Server`] is started.
+#[derive(Clone)]
+pub struct ServerOptions {
+    pub router: &'static str,
+    pub dtype: DtypeChoice,
+    pub config: EngineConfig,
+    /// Tokens that end a completion, instead of the checkpoint's.
+    pub eos: Option<Vec<TokenId>>,
+    /// A tokenizer.json, instead of the checkpoint's.
+    pub tokenizer: Option<PathBuf>,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        // A cache of 16 Ki tokens in f32 is plenty, and quicker to clear than the default.
+        let config = EngineConfig { kv_bytes: Some(32 << 20), ..Default::default() };
+        Self { router: "native", dtype: DtypeChoice::F32, config, eos: None, tokenizer: None }
+    }
+}
+
+/// The bundled checkpoint behind HTTP on a free port of this machine; gone when dropped, whatever is running.
+pub struct Server {
+    pub url: String,
+    pub engine: Arc<Engine>,
+    pub client: reqwest::Client,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// A streamed answer.
+pub struct Streamed {
+    /// The body as it came.
+    pub raw: String,
+    pub chunks: Vec<Chunk>,
+}
+
+impl Streamed {
+    /// The text of choice `index`, put together.
+    pub fn text(&self, index: usize) -> String {
+        self.choices(index).map(|c| c.text.as_str()).collect()
+    }
+
+    /// The reasons given for choice `index`: one, where all is well.
+    pub fn finish_reasons(&self, index: usize) -> Vec<String> {
+        self.choices(index).filter_map(|c| c.finish_reason.clone()).collect()
+    }
+
+    fn choices(&self, index: usize) -> impl Iterator<Item = &moe_serve::wire::ChunkChoice> {
+        self.chunks.iter().flat_map(|c| &c.choices).filter(move |c| c.index == index)
+    }
+}
+
+impl Server {
+    pub fn start(options: ServerOptions) -> Self {
+        let files = bundled_files();
+        let load_options = LoadOptions { dtype: options.dtype, ..Default::default() };
+        let mut loaded = load(&files, &load_options, |_, _| {}).unwrap();
+        if let Some(eos) = options.eos {
+            loaded.eos = eos;
+        }
+        let shape = loaded.model.shape();
+        let text = Text::read(options.tokenizer.as_ref().unwrap_or(&files.tokenizer), shape.vocab).unwrap();
+        let policy = Policy::build(&options.router.parse().unwrap(), &shape.moe).unwrap();
+        let engine = Arc::new(Engine::start("stories".into(), loaded, text, policy, options.config).unwrap());
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let (send_url, url) = std::sync::mpsc::channel();
+        let served = engine.clone();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+                send_url.send(format!("http://{}", listener.local_addr().unwrap())).unwrap();
+                let serving = moe_serve::http::serve(listener, moe_serve::http::app(served), std::future::pending());
+                tokio::select! {
+                    result = serving => result.unwrap(),
+                    _ = stopped => {}
+                }
+            });
+        });
+        let url = url.recv_timeout(Duration::from_secs(10)).unwrap();
+        Self { url, engine, client: client(), stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// A server with the checkpoint's own router.
+    pub fn native() -> Self {
+        Self::start(ServerOptions::default())
+    }
+
+    pub async fn get(&self, path: &str) -> reqwest::Response {
+        self.client.get(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+
+    pub async fn post(&self, body: &Value) -> reqwest::Response {
+        self.client.post(format!("{}/v1/completions", self.url)).json(body).send().await.unwrap()
+    }
+
+    /// A whole answer.
+    pub async fn complete(&self, body: Value) -> CompletionResponse {
+        let response = self.post(&body).await;
+        let (status, text) = (response.status(), response.text().await.unwrap());
+        assert_eq!(status, 200, "{body} gave {text}");
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"))
+    }
+
+    /// A streamed answer, checked for its format: `data: {json}\n\n` … `data: [DONE]\n\n`, and nothing else.
+    pub async fn stream(&self, mut body: Value) -> Streamed {
+        body["stream"] = true.into();
+        let response = self.post(&body).await;
+        assert_eq!(response.status(), 200, "{body}");
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let raw = response.text().await.unwrap();
+        let events = raw.strip_suffix("data: [DONE]\n\n").unwrap_or_else(|| panic!("no [DONE] at the end of {raw}"));
+        let chunk = |event: &str| {
+            let json = event.strip_prefix("data: ").and_then(|e| e.strip_suffix("\n\n"));
+            let json = json.filter(|j| !j.contains('\n')).unwrap_or_else(|| panic!("not one event: {event:?}"));
+            serde_json::from_str(json).unwrap_or_else(|e| panic!("{json}: {e}"))
+        };
+        let chunks = events.split_inclusive("\n\n").map(chunk).collect();
+        Streamed { raw, chunks }
+    }
+
+    pub async fn series(&self) -> Series {
+        Series::read(&self.get("/metrics").await.text().await.unwrap())
+    }
+
+    /// Reads the metrics until they are as `wanted`; gauges and step counters follow an answer by a step.
+    pub async fn series_when(&self, what: &str, wanted: impl Fn(&Series) -> bool) -> Series {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let series = self.series().await;
+            if wanted(&series) {
+                return series;
+            }
+            assert!(Instant::now() < deadline, "never {what}: {series:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // The runtime ends with the thread, and with it all connections: nothing holds requests any more.
+        let ended = self.thread.take().map(std::thread::JoinHandle::join);
+        if !std::thread::panicking() {
+            assert!(matches!(ended, Some(Ok(()))), "the server's thread panicked");
+        }
+    }
+}
+
+/// A client that takes no proxy from the environment and never waits for ever.
+pub fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(60)).build().unwrap()
+}
+
+/// Prometheus' text format, read.
+#[derive(Clone, Debug)]
+pub struct Series(Vec<(String, f64)>);
+
+impl Series {
+    pub fn read(text: &str) -> Self {
+        let lines = text.lines().filter(|l| !l.starts_with('#') && !l.is_empty());
+        let pair = |line: &str| {
+            let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no value in {line}"));
+            (series.to_string(), value.parse().unwrap_or_else(|e| panic!("{line}: {e}")))
+        };
+        Self(lines.map(pair).collect())
+    }
+
+    /// The sum of all series called `name` that have every label of `labels`, each as `key="value"`.
+    pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        self.find(name, labels).map(|(_, value)| value).sum()
+    }
+
+    /// How many series are called `name`.
+    pub fn count(&self, name: &str) -> usize {
+        self.find(name, &[]).count()
+    }
+
+    pub fn labels(&self, name: &str) -> Vec<&str> {
+        self.find(name, &[]).map(|(series, _)| &series[name.len()..]).collect()
+    }
+
+    fn find<'a>(&'a self, name: &str, labels: &[&str]) -> impl Iterator<Item = (&'a str, f64)> + use<'a> {
+        let called = |series: &str| series.strip_prefix(name).is_some_and(|r| r.is_empty() || r.starts_with('{'));
+        let fits = |series: &str| called(series) && labels.iter().all(|l| series.contains(l));
+        let found: Vec<(&str, f64)> = self.0.iter().map(|(s, v)| (s.as_str(), *v)).filter(|(s, _)| fits(s)).collect();
+        found.into_iter()
+    }
 }
