@@ -6,7 +6,7 @@ use indicatif::{HumanBytes, HumanCount, MultiProgress, ProgressBar};
 use moe_serve::engine::api::Generate;
 use moe_serve::engine::{Engine, EngineConfig, Text};
 use moe_serve::model::hub::{HubOptions, bar_style, resolve};
-use moe_serve::model::{LoadOptions, Loaded, load};
+use moe_serve::model::{FAMILIES, LoadOptions, Loaded, load};
 use moe_serve::moe::Policy;
 use moe_serve::moe::router::ROUTERS;
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
@@ -80,8 +80,12 @@ fn router_help() -> String {
     for router in ROUTERS {
         help.push_str(&format!("  {}\n      {}\n      {}\n", router.usage, router.summary, router.formula));
     }
+    help.push_str("\nFamilies, by model_type of config.json:\n");
+    for family in FAMILIES {
+        help.push_str(&format!("  {:<10} {}\n", family.model_type, family.summary));
+    }
     help.push_str(
-        "\nEnvironment: HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE as in Python's huggingface_hub; \
+        "\nEnvironment: HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE as in Python's huggingface_hub; \
          RUST_LOG for the log; RAYON_NUM_THREADS for the number of CPU threads.",
     );
     help
@@ -99,11 +103,13 @@ fn main() -> Result<()> {
         runtime.block_on(TcpListener::bind(&address)).with_context(|| format!("cannot listen on {address}"))?;
     let engine = Arc::new(build(&args)?);
     println!("address    http://{}  (POST /v1/completions)", listener.local_addr()?);
-    let result = runtime.block_on(run(listener, engine.clone(), Duration::from_secs(args.shutdown_timeout)));
-    // Connections that are cut off go before the engine, which finishes every request that someone listens to.
-    runtime.shutdown_timeout(Duration::from_secs(1));
+    let finished = runtime.block_on(run(listener, engine.clone(), Duration::from_secs(args.shutdown_timeout)))?;
+    if !finished {
+        // The engine may be in the middle of a long step, which no one waits for any more.
+        std::process::exit(0);
+    }
     engine.stop();
-    result
+    Ok(())
 }
 
 /// Loads the model, starts the engine, and says what is served.
@@ -188,8 +194,8 @@ fn default_name(model: &str) -> String {
     }
 }
 
-/// Serves until a signal, then lets running requests finish for as long as `timeout` allows.
-async fn run(listener: TcpListener, engine: Arc<Engine>, timeout: Duration) -> Result<()> {
+/// Serves until a signal, then lets running requests finish for as long as `timeout` allows; tells whether they did.
+async fn run(listener: TcpListener, engine: Arc<Engine>, timeout: Duration) -> Result<bool> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -198,21 +204,19 @@ async fn run(listener: TcpListener, engine: Arc<Engine>, timeout: Duration) -> R
         let _ = stopped.await;
     }));
     tokio::select! {
-        result = &mut server => return Ok(result??),
+        result = &mut server => return result?.map(|()| true).context("serving"),
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
-    tracing::info!(
-        "shutting down: running requests have {} s to finish; a second signal ends at once",
-        timeout.as_secs()
-    );
+    let seconds = timeout.as_secs();
+    tracing::info!("shutting down: running requests have {seconds} s to finish; a second signal ends at once");
     engine.drain();
     let _ = stop.send(());
     tokio::select! {
-        result = &mut server => result??,
+        result = &mut server => return result?.map(|()| true).context("serving"),
         () = tokio::time::sleep(timeout) => tracing::warn!("some requests did not finish in time and are cut off"),
         _ = interrupt.recv() => tracing::warn!("second signal: ending now"),
         _ = terminate.recv() => tracing::warn!("second signal: ending now"),
     }
-    Ok(())
+    Ok(false)
 }

@@ -38,6 +38,8 @@ pub struct ModelInfo {
     /// The default router, in words.
     pub router: String,
     pub limits: Limits,
+    /// Requests that can be unfinished at the same time.
+    pub unfinished_max: usize,
     /// Seconds since 1970.
     pub created: u64,
 }
@@ -58,7 +60,7 @@ pub enum SubmitError {
 /// What happens to a request, in order: texts, then one end.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// More text: whole characters, never a part of a stop string. May be empty for tokens that complete nothing.
+    /// More text: whole characters, never a part of a stop string.
     Text(String),
     /// The end, with what it used.
     Done { reason: FinishReason, usage: Usage },

@@ -43,6 +43,10 @@ pub enum StartError {
          {needed_gb:.2} or --max-model-len at most {held}"
     )]
     KvTooSmall { kv_mib: u64, held: usize, wanted: usize, needed_gb: f64 },
+    #[error(
+        "--kv-cache-gb asks for {asked_gb:.2} GiB of KV cache, but {free_gb:.2} GiB of memory are free beside the model"
+    )]
+    KvTooLarge { asked_gb: f64, free_gb: f64 },
     #[error("allocating the KV cache: {0}")]
     Kv(#[from] candle_core::Error),
     #[error("starting the engine thread: {0}")]
@@ -84,7 +88,7 @@ impl KvPlan {
         let (kv_heads, head_dim) = (model.attention.kv_heads, model.attention.head_dim);
         let one = KvShape { layers: model.layers.len(), blocks: 1, block_size: BLOCK_SIZE, kv_heads, head_dim };
         let block_bytes = one.block_bytes(backend.dtype()) as u64;
-        let free = backend.free_memory().unwrap_or(KV_SHARE * KV_BYTES_MAX);
+        let free = backend.free_memory().unwrap_or(u64::MAX);
         let bytes = config.kv_bytes.unwrap_or((free / KV_SHARE).min(KV_BYTES_MAX));
         let each = loaded.max_model_len.div_ceil(BLOCK_SIZE);
         let blocks = ((bytes / block_bytes) as usize).min(each * config.max_num_seqs);
@@ -97,8 +101,13 @@ impl KvPlan {
                 needed_gb: (each as u64 * block_bytes) as f64 / f64::from(1 << 30),
             });
         }
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let taken = blocks as u64 * block_bytes;
+        if taken > free {
+            return Err(StartError::KvTooLarge { asked_gb: gib(taken), free_gb: gib(free) });
+        }
         let shape = KvShape { blocks, ..one };
-        Ok(Self { shape, bytes: blocks as u64 * block_bytes, max_model_len: loaded.max_model_len.min(held) })
+        Ok(Self { shape, bytes: taken, max_model_len: loaded.max_model_len.min(held) })
     }
 }
 
@@ -116,8 +125,11 @@ impl Core {
             max_num_seqs: config.max_num_seqs,
             max_batched_tokens: config.max_batched_tokens,
         };
+        let kv = KvCache::new(kv.shape, loaded.model.backend())?;
+        // Streams belong to threads: what this one cleared must be done before the engine's writes to it.
+        loaded.model.backend().device().synchronize()?;
         Ok(Self {
-            kv: KvCache::new(kv.shape, loaded.model.backend())?,
+            kv,
             cost: CostModel::new(loaded.model.shape()),
             expert_series: metrics.expert_series(loaded.model.shape()),
             model: loaded.model,
@@ -162,7 +174,7 @@ impl Core {
                 }
             }
         }
-        self.metrics.load(self.sched.waiting(), self.sched.running(), self.sched.blocks_used());
+        self.show_load();
     }
 
     fn drop_departed(&mut self) {
@@ -191,6 +203,11 @@ impl Core {
     pub(super) fn reset(&mut self) {
         self.fail(self.seqs.keys().copied().collect());
         self.sched = Scheduler::new(self.sched_config);
+        self.show_load();
+    }
+
+    fn show_load(&self) {
+        self.metrics.load(self.sched.waiting(), self.sched.running(), self.sched.blocks_used());
     }
 
     /// Gives the routing's trace and the logits of the chunks that sample, in order.

@@ -20,15 +20,7 @@ const LATENCY_BUCKETS: &[f64] =
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
-    experts_per_token: Histogram,
-    expert_tokens: IntCounterVec,
-    flops: CounterVec,
-    flops_native: CounterVec,
-    flops_saved: GaugeVec,
-    unique_experts: Histogram,
-    expert_bytes: Counter,
-    expert_bytes_native: Counter,
-    router_entropy: GaugeVec,
+    moe: MoeSeries,
     waiting: [IntGauge; 2],
     running: [IntGauge; 2],
     kv_usage: [Gauge; 3],
@@ -43,6 +35,20 @@ pub struct Metrics {
     rejected: IntCounterVec,
     step_seconds: Histogram,
     step_tokens: Histogram,
+}
+
+/// What routing did.
+#[derive(Clone)]
+struct MoeSeries {
+    experts_per_token: Histogram,
+    expert_tokens: IntCounterVec,
+    flops: CounterVec,
+    flops_native: CounterVec,
+    flops_saved: GaugeVec,
+    unique_experts: Histogram,
+    expert_bytes: Counter,
+    expert_bytes_native: Counter,
+    router_entropy: GaugeVec,
 }
 
 /// Names of the expert counter's series, made once: layer and expert as text.
@@ -102,15 +108,15 @@ impl Metrics {
     pub fn new(model: &str, shape: &ModelShape, blocks: usize, block_size: usize) -> Self {
         let registry = Registry::new();
         let m = Maker { registry: &registry, model };
-        let by_k: Vec<f64> =
-            (1..=shape.moe.experts.min(16)).map(|k| k as f64).chain(powers_of_two(32, shape.moe.experts)).collect();
-        let pairs = shape.moe.layers * shape.moe.experts;
         let info = m.gauges::<prometheus::core::AtomicI64>(
             "vllm:cache_config_info",
             "KV cache configuration; the value is always 1",
             &["block_size", "num_gpu_blocks"],
         );
         info.with_label_values(&[block_size.to_string(), blocks.to_string()]).set(1);
+        // There is no prefix cache: these stay zero, for readers that expect the series.
+        m.counter("vllm:gpu_prefix_cache_queries_total", "Tokens looked up in the prefix cache");
+        m.counter("vllm:gpu_prefix_cache_hits_total", "Tokens found in the prefix cache");
         let kv = "Share of KV cache blocks in use, 0 to 1";
         let ttft = "Seconds from arrival to the first token";
         let itl = "Seconds between tokens of one request";
@@ -119,41 +125,7 @@ impl Metrics {
         let ended = "Requests that ended, by reason";
         let latency = |names: [&str; 2], help: &str| names.map(|n| m.histogram(n, help, LATENCY_BUCKETS));
         Self {
-            experts_per_token: m.histogram("moe_experts_per_token", "Experts used by a token in one MoE layer", &by_k),
-            expert_tokens: m.counters(
-                "moe_expert_tokens_total",
-                "Tokens computed by each expert",
-                &["layer", "expert"],
-            ),
-            flops: m.counters(
-                "moe_flops_total",
-                "FLOPs that ran, by scope: experts, or all matrix products (forward)",
-                &["scope"],
-            ),
-            flops_native: m.counters(
-                "moe_flops_native_total",
-                "FLOPs that native routing of the same tokens would have run",
-                &["scope"],
-            ),
-            flops_saved: m.gauges(
-                "moe_flops_saved_ratio",
-                "1 - moe_flops_total / moe_flops_native_total; below 0 is a cost",
-                &["scope"],
-            ),
-            unique_experts: m.histogram(
-                "moe_unique_experts_per_step",
-                "(layer, expert) pairs whose weights a step read",
-                &unique_buckets(pairs),
-            ),
-            expert_bytes: m
-                .float_counter("moe_expert_read_bytes_total", "Bytes of unique expert weights read, summed over steps"),
-            expert_bytes_native: m
-                .float_counter("moe_expert_read_bytes_native_total", "The same for native routing of the same tokens"),
-            router_entropy: m.gauges(
-                "moe_router_entropy",
-                "Mean entropy of the gate in the last step over log E, 0 to 1",
-                &["layer"],
-            ),
+            moe: MoeSeries::new(&m, shape),
             waiting: ["moe_requests_waiting", "vllm:num_requests_waiting"]
                 .map(|n| m.int_gauge(n, "Requests waiting for admission")),
             running: ["moe_requests_running", "vllm:num_requests_running"]
@@ -176,7 +148,7 @@ impl Metrics {
             ],
             rejected: m.counters(
                 "moe_requests_rejected_total",
-                "Requests that were not queued, by reason",
+                "Valid requests that were not queued, by reason",
                 &["reason"],
             ),
             step_seconds: m.histogram("moe_step_seconds", "Seconds of one engine step", LATENCY_BUCKETS),
@@ -200,29 +172,12 @@ impl Metrics {
     pub(super) fn expert_series(&self, shape: &ModelShape) -> ExpertSeries {
         let pairs = (0..shape.moe.layers).flat_map(|l| (0..shape.moe.experts).map(move |e| (l, e)));
         ExpertSeries(
-            pairs.map(|(l, e)| self.expert_tokens.with_label_values(&[l.to_string(), e.to_string()])).collect(),
+            pairs.map(|(l, e)| self.moe.expert_tokens.with_label_values(&[l.to_string(), e.to_string()])).collect(),
         )
     }
 
     pub(super) fn routed(&self, trace: &StepTrace, work: &Work, reads: &ExpertReads, experts: &ExpertSeries) {
-        for (k, count) in trace.k_histogram.iter().enumerate() {
-            observe_n(&self.experts_per_token, k as f64, *count);
-        }
-        for (series, count) in experts.0.iter().zip(&trace.expert_tokens) {
-            series.inc_by(*count);
-        }
-        for (scope, flops) in [("experts", work.experts), ("forward", work.forward)] {
-            let (ran, native) = (self.flops.with_label_values(&[scope]), self.flops_native.with_label_values(&[scope]));
-            ran.inc_by(flops.ran as f64);
-            native.inc_by(flops.native as f64);
-            self.flops_saved.with_label_values(&[scope]).set(1.0 - ran.get() / native.get());
-        }
-        self.unique_experts.observe(reads.ran as f64);
-        self.expert_bytes.inc_by(reads.bytes_ran as f64);
-        self.expert_bytes_native.inc_by(reads.bytes_native as f64);
-        for (layer, entropy) in trace.entropy_l.iter().enumerate() {
-            self.router_entropy.with_label_values(&[layer.to_string()]).set(*entropy);
-        }
+        self.moe.routed(trace, work, reads, experts);
         self.step_tokens.observe(work.tokens as f64);
     }
 
@@ -270,14 +225,76 @@ impl Metrics {
     }
 }
 
+impl MoeSeries {
+    fn new(m: &Maker<'_>, shape: &ModelShape) -> Self {
+        let (experts, layers) = (shape.moe.experts, shape.moe.layers);
+        let by_k: Vec<f64> = (1..=experts.min(16)).map(|k| k as f64).chain(powers_of_two(32, experts)).collect();
+        let by_pairs: Vec<f64> = powers_of_two(1, (layers * experts).max(1)).collect();
+        Self {
+            experts_per_token: m.histogram("moe_experts_per_token", "Experts used by a token in one MoE layer", &by_k),
+            expert_tokens: m.counters(
+                "moe_expert_tokens_total",
+                "Tokens computed by each expert",
+                &["layer", "expert"],
+            ),
+            flops: m.counters(
+                "moe_flops_total",
+                "FLOPs that ran, by scope: experts, or all matrix products (forward)",
+                &["scope"],
+            ),
+            flops_native: m.counters(
+                "moe_flops_native_total",
+                "FLOPs that native routing of the same tokens would have run",
+                &["scope"],
+            ),
+            flops_saved: m.gauges(
+                "moe_flops_saved_ratio",
+                "1 - moe_flops_total / moe_flops_native_total; below 0 is a cost",
+                &["scope"],
+            ),
+            unique_experts: m.histogram(
+                "moe_unique_experts_per_step",
+                "(layer, expert) pairs whose weights a step read",
+                &by_pairs,
+            ),
+            expert_bytes: m
+                .float_counter("moe_expert_read_bytes_total", "Bytes of unique expert weights read, summed over steps"),
+            expert_bytes_native: m
+                .float_counter("moe_expert_read_bytes_native_total", "The same for native routing of the same tokens"),
+            router_entropy: m.gauges(
+                "moe_router_entropy",
+                "Mean entropy of the gate in the last step over log E, 0 to 1",
+                &["layer"],
+            ),
+        }
+    }
+
+    fn routed(&self, trace: &StepTrace, work: &Work, reads: &ExpertReads, experts: &ExpertSeries) {
+        for (k, count) in trace.k_histogram.iter().enumerate() {
+            observe_n(&self.experts_per_token, k as f64, *count);
+        }
+        for (series, count) in experts.0.iter().zip(&trace.expert_tokens) {
+            series.inc_by(*count);
+        }
+        for (scope, flops) in [("experts", work.experts), ("forward", work.forward)] {
+            let (ran, native) = (self.flops.with_label_values(&[scope]), self.flops_native.with_label_values(&[scope]));
+            ran.inc_by(flops.ran as f64);
+            native.inc_by(flops.native as f64);
+            self.flops_saved.with_label_values(&[scope]).set(1.0 - ran.get() / native.get());
+        }
+        self.unique_experts.observe(reads.ran as f64);
+        self.expert_bytes.inc_by(reads.bytes_ran as f64);
+        self.expert_bytes_native.inc_by(reads.bytes_native as f64);
+        for (layer, entropy) in trace.entropy_l.iter().enumerate() {
+            self.router_entropy.with_label_values(&[layer.to_string()]).set(*entropy);
+        }
+    }
+}
+
 /// `low`, 2·`low`, … below `end`, then `end`.
 fn powers_of_two(low: usize, end: usize) -> impl Iterator<Item = f64> {
     let doubling = std::iter::successors((low < end).then_some(low), move |n| Some(n * 2).filter(|n| *n < end));
     doubling.chain((low <= end).then_some(end)).map(|n| n as f64)
-}
-
-fn unique_buckets(pairs: usize) -> Vec<f64> {
-    powers_of_two(1, pairs.max(1)).collect()
 }
 
 /// Observes `value` `count` times at the price of a few additions instead of `count` locks.

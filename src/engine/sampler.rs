@@ -68,7 +68,7 @@ impl Sampler {
         let floor = f64::from(p.min_p);
         let weigh = |(id, logit): (usize, &f32)| {
             let weight = (f64::from(*logit - max) * inverse).exp();
-            (weight > 0.0 && weight >= floor).then_some((id as TokenId, weight))
+            (logit.is_finite() && weight > 0.0 && weight >= floor).then_some((id as TokenId, weight))
         };
         let mut candidates: Vec<(TokenId, f64)> = logits.iter().enumerate().filter_map(weigh).collect();
         if p.top_k > 0 && (p.top_k as usize) < candidates.len() {

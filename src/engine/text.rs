@@ -14,6 +14,7 @@ pub struct TextError(String);
 #[derive(Clone)]
 pub struct Text {
     tokenizer: Arc<Tokenizer>,
+    token_bytes_max: usize,
 }
 
 impl Text {
@@ -26,11 +27,13 @@ impl Text {
         let mut tokenizer = Tokenizer::from_file(path).map_err(|e| error(&e))?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| error(&e))?;
-        let last = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+        let vocabulary = tokenizer.get_vocab(true);
+        let token_bytes_max = vocabulary.keys().map(String::len).max().unwrap_or(1);
+        let last = vocabulary.into_values().max().unwrap_or(0);
         if last as usize >= vocab {
             return Err(error(&format!("holds token id {last}, but the model has a vocabulary of {vocab}")));
         }
-        Ok(Self { tokenizer: Arc::new(tokenizer) })
+        Ok(Self { tokenizer: Arc::new(tokenizer), token_bytes_max })
     }
 
     /// Ids of `text`, special tokens added as the tokenizer's post-processor has it.
@@ -40,6 +43,11 @@ impl Text {
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TextError> {
         let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| TextError(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Bytes of the longest token: no text of n tokens is longer than n times this.
+    pub(super) fn token_bytes_max(&self) -> usize {
+        self.token_bytes_max
     }
 
     fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
@@ -212,7 +220,7 @@ mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": true, "vocab": vocab, "merges": []},
         });
-        Text { tokenizer: Arc::new(json.to_string().parse().unwrap()) }
+        Text { tokenizer: Arc::new(json.to_string().parse().unwrap()), token_bytes_max: 8 }
     }
 
     #[test]

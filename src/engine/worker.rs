@@ -23,10 +23,9 @@ pub struct Engine {
     metrics: Metrics,
     moe: MoeShape,
     policy: Arc<Policy>,
-    /// None once draining. Holds at most `unfinished_max` jobs: each has one of as many slots.
+    /// None once draining. Holds at most `info.unfinished_max` jobs: each has one of as many slots.
     jobs: Mutex<Option<Sender<Job>>>,
     unfinished: Arc<AtomicUsize>,
-    unfinished_max: usize,
     kv_bytes: u64,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -48,7 +47,8 @@ impl Engine {
         let metrics = Metrics::new(&name, shape, kv.shape.blocks, BLOCK_SIZE);
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let limits = Limits { vocab: shape.vocab, max_model_len: kv.max_model_len };
-        let info = ModelInfo { name, router: policy.describe(), limits, created };
+        let unfinished_max = config.max_num_seqs + config.max_queue;
+        let info = ModelInfo { name, router: policy.describe(), limits, unfinished_max, created };
         let moe = shape.moe;
         let (sender, receiver) = channel();
         let core = Core::new(loaded, text.clone(), &config, &kv, metrics.clone())?;
@@ -61,7 +61,6 @@ impl Engine {
             policy: Arc::new(policy),
             jobs: Mutex::new(Some(sender)),
             unfinished: Arc::default(),
-            unfinished_max: config.max_num_seqs + config.max_queue,
             kv_bytes: kv.bytes,
             thread: Mutex::new(Some(thread)),
         })
@@ -97,8 +96,8 @@ impl Engine {
     fn queue(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
         request.check(&self.info.limits)?;
         let policy = self.policy_of(&request)?;
-        let full = |unfinished| SubmitError::QueueFull { unfinished, limit: self.unfinished_max };
-        let slot = Slot::take(&self.unfinished, self.unfinished_max).map_err(full)?;
+        let full = |unfinished| SubmitError::QueueFull { unfinished, limit: self.info.unfinished_max };
+        let slot = Slot::take(&self.unfinished, self.info.unfinished_max).map_err(full)?;
         // A text per token, the held-back rest, and the end.
         let (events, receiver) = mpsc::channel(request.max_tokens + 2);
         let job = Job { request, policy, events, arrived: Instant::now(), slot };
@@ -115,16 +114,19 @@ impl Generate for Engine {
     }
 
     fn encode(&self, text: &str) -> Result<Vec<TokenId>, String> {
+        let max = self.info.limits.max_model_len;
+        if text.len() > max.saturating_mul(self.text.token_bytes_max()) {
+            let bytes = text.len();
+            return Err(format!("prompt has {bytes} bytes, which cannot fit the context of {max} tokens: shorten it"));
+        }
         self.text.encode(text).map_err(|e| e.to_string())
     }
 
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
-        self.queue(request).inspect_err(|error| {
-            self.metrics.rejected(match error {
-                SubmitError::Limit(_) | SubmitError::Router(_) => "invalid",
-                SubmitError::QueueFull { .. } => "queue_full",
-                SubmitError::Stopping => "stopping",
-            });
+        self.queue(request).inspect_err(|error| match error {
+            SubmitError::Limit(_) | SubmitError::Router(_) => {}
+            SubmitError::QueueFull { .. } => self.metrics.rejected("queue_full"),
+            SubmitError::Stopping => self.metrics.rejected("stopping"),
         })
     }
 

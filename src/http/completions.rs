@@ -15,49 +15,73 @@ use futures::stream::{self, SelectAll, Stream, StreamExt};
 use serde::Serialize;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::Semaphore;
 
 /// Prompts in one request.
 const PROMPTS_MAX: usize = 128;
 /// OpenAI's default for `max_tokens`.
 const MAX_TOKENS_DEFAULT: usize = 16;
 
+/// Requests that are read and encoded at the same time: both take memory and time by the size of the prompt.
+static PREPARING: Semaphore = Semaphore::const_new(4);
+
 pub(super) async fn create(State(generate): App, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let request = CompletionRequest::parse(&body?)?;
-    let info = generate.info();
-    if let Some(asked) = &request.model
-        && *asked != info.name
-    {
-        return Err(ApiError::no_model(asked, &info.name));
+    let body = body?;
+    let head = Head::new(generate.info());
+    // A long prompt takes milliseconds to read and encode: not on a thread that serves sockets.
+    let prepared = match PREPARING.acquire().await {
+        Ok(_permit) => tokio::task::spawn_blocking(move || Submitted::new(generate.as_ref(), &body)).await,
+        Err(_) => return Err(ApiError::unavailable("the server is shutting down")),
+    };
+    let submitted = prepared.map_err(|e| ApiError::engine(format!("the request could not be prepared: {e}")))??;
+    if submitted.stream {
+        return Ok(streamed(head, submitted.events, submitted.include_usage).into_response());
     }
-    let stream = request.stream.unwrap_or(false);
-    if request.stream_options.is_some() && !stream {
-        return Err(ApiError::invalid(Some("stream_options"), "stream_options is allowed only with \"stream\": true"));
-    }
-    let include_usage = request.stream_options.is_some_and(|o| o.include_usage);
-    let head = Head::new(info);
-    // Encoding a long prompt takes milliseconds: not on a thread that serves sockets.
-    let submit = tokio::task::spawn_blocking(move || submit(generate.as_ref(), request));
-    let events = submit.await.map_err(|e| ApiError::engine(format!("the request could not be prepared: {e}")))??;
-    if stream {
-        return Ok(streamed(head, events, include_usage).into_response());
-    }
-    Ok(Json(collected(head, events).await?).into_response())
+    Ok(Json(collected(head, submitted.events).await?).into_response())
 }
 
-/// Submits every prompt of the request. If one is refused, those before it are abandoned.
-fn submit(generate: &dyn Generate, request: CompletionRequest) -> Result<Vec<Events>, ApiError> {
-    let requests = validate(generate, request)?;
-    // All are checked before any is queued.
-    requests.iter().try_for_each(|r| r.check(&generate.info().limits))?;
-    requests.into_iter().map(|r| generate.submit(r).map_err(ApiError::from)).collect()
+/// A request whose prompts are queued.
+struct Submitted {
+    events: Vec<Events>,
+    stream: bool,
+    include_usage: bool,
+}
+
+impl Submitted {
+    /// Submits every prompt of the request. If one is refused, those before it are abandoned.
+    fn new(generate: &dyn Generate, body: &[u8]) -> Result<Self, ApiError> {
+        let request = CompletionRequest::parse(body)?;
+        let info = generate.info();
+        if let Some(asked) = &request.model
+            && *asked != info.name
+        {
+            return Err(ApiError::no_model(asked, &info.name));
+        }
+        let stream = request.stream.unwrap_or(false);
+        if request.stream_options.is_some() && !stream {
+            return Err(ApiError::invalid(
+                Some("stream_options"),
+                "stream_options is allowed only with \"stream\": true",
+            ));
+        }
+        let include_usage = request.stream_options.is_some_and(|o| o.include_usage);
+        let requests = validate(generate, request)?;
+        // All are checked before any is queued.
+        requests.iter().try_for_each(|r| r.check(&info.limits))?;
+        let events =
+            requests.into_iter().map(|r| generate.submit(r).map_err(ApiError::from)).collect::<Result<_, _>>()?;
+        Ok(Self { events, stream, include_usage })
+    }
 }
 
 /// Makes the engine's requests of the API's: one per prompt.
-fn validate(generate: &dyn Generate, request: CompletionRequest) -> Result<Vec<GenerateRequest>, ApiError> {
-    let prompt = request.prompt.clone().ok_or_else(|| ApiError::invalid(Some("prompt"), "prompt is required"))?;
+fn validate(generate: &dyn Generate, mut request: CompletionRequest) -> Result<Vec<GenerateRequest>, ApiError> {
+    let prompt = request.prompt.take().ok_or_else(|| ApiError::invalid(Some("prompt"), "prompt is required"))?;
     let prompts = prompt.items();
-    if prompts.is_empty() || prompts.len() > PROMPTS_MAX {
-        let message = format!("prompt must hold 1 to {PROMPTS_MAX} prompts; got {}", prompts.len());
+    let info = generate.info();
+    let prompts_max = PROMPTS_MAX.min(info.unfinished_max);
+    if prompts.is_empty() || prompts.len() > prompts_max {
+        let message = format!("prompt must hold 1 to {prompts_max} prompts; got {}", prompts.len());
         return Err(ApiError::invalid(Some("prompt"), message));
     }
     let sampling = sampling(&request)?;
@@ -69,9 +93,12 @@ fn validate(generate: &dyn Generate, request: CompletionRequest) -> Result<Vec<G
         }
     };
     let one = |item| -> Result<GenerateRequest, ApiError> {
+        let prompt = encode(item)?;
+        // The default gives way to the context; what was asked for does not.
+        let room = info.limits.max_model_len.saturating_sub(prompt.len()).max(1);
         Ok(GenerateRequest {
-            prompt: encode(item)?,
-            max_tokens: request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT),
+            prompt,
+            max_tokens: request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT.min(room)),
             min_tokens: request.min_tokens.unwrap_or(0),
             sampling: sampling.clone(),
             stop: stop.clone(),

@@ -4,6 +4,7 @@ use super::App;
 use super::error::ApiError;
 use crate::engine::api::ModelInfo;
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
@@ -22,7 +23,11 @@ pub(super) async fn list(State(generate): App) -> Json<Value> {
     Json(json!({"object": "list", "data": [describe(generate.info())]}))
 }
 
-pub(super) async fn show(State(generate): App, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn show(
+    State(generate): App,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Path(id) = id.map_err(|e| ApiError::invalid(Some("model"), format!("the model's name cannot be read: {e}")))?;
     let info = generate.info();
     if id == info.name { Ok(Json(describe(info))) } else { Err(ApiError::no_model(&id, &info.name)) }
 }

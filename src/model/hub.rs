@@ -21,7 +21,6 @@ pub struct Files {
     pub config: PathBuf,
     pub generation_config: Option<PathBuf>,
     pub tokenizer: PathBuf,
-    pub tokenizer_config: Option<PathBuf>,
     /// One safetensors file, or all shards.
     pub weights: Vec<PathBuf>,
 }
@@ -41,17 +40,23 @@ pub struct HubOptions {
 }
 
 impl HubOptions {
-    /// From HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+    /// From HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_TOKEN_PATH, HF_ENDPOINT and HF_HUB_OFFLINE; without HF_TOKEN, the
+    /// token that `hf auth login` left.
     pub fn from_env() -> Self {
         let set = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
         let cache = set("HF_HUB_CACHE").map(PathBuf::from);
+        let home = set("HF_HOME").map(PathBuf::from);
+        let default = || set("HOME").map(|h| Path::new(&h).join(".cache/huggingface"));
+        let token_file = set("HF_TOKEN_PATH").map(PathBuf::from);
+        let token_file = token_file.or_else(|| Some(home.clone().or_else(default)?.join("token")));
+        let saved = || Some(fs::read_to_string(token_file?).ok()?.trim().to_string()).filter(|t| !t.is_empty());
         Self {
             revision: None,
             offline: set("HF_HUB_OFFLINE")
                 .is_some_and(|v| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")),
-            token: set("HF_TOKEN"),
+            token: set("HF_TOKEN").or_else(saved),
             endpoint: set("HF_ENDPOINT").map(|url| url.trim_end_matches('/').to_string()),
-            cache: cache.or_else(|| set("HF_HOME").map(|home| Path::new(&home).join("hub"))),
+            cache: cache.or_else(|| home.map(|home| home.join("hub"))),
         }
     }
 }
@@ -59,7 +64,6 @@ impl HubOptions {
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -119,7 +123,7 @@ fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, Lo
     let tokenizer = find(TOKENIZER)?.ok_or_else(|| {
         LoadError::Hub(format!("{model} has no {TOKENIZER}; a fast tokenizer file is needed (a tokenizer.model alone can be converted with transformers)"))
     })?;
-    let (generation_config, tokenizer_config) = (find(GENERATION)?, find(TOKENIZER_CONFIG)?);
+    let generation_config = find(GENERATION)?;
     let weights = match find(INDEX)? {
         Some(index) => {
             let mut shards = Vec::new();
@@ -137,7 +141,7 @@ fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, Lo
             ))
         })?],
     };
-    Ok(Files { config, generation_config, tokenizer, tokenizer_config, weights })
+    Ok(Files { config, generation_config, tokenizer, weights })
 }
 
 /// The distinct files that an index maps tensors to.

@@ -13,7 +13,7 @@ use std::path::Path;
 pub struct LoadOptions {
     pub dtype: DtypeChoice,
     pub device: DeviceChoice,
-    /// Longest sequence that will be run; the checkpoint's own limit without it.
+    /// Longest sequence that will be run; without it the checkpoint's own limit, and at most 131,072.
     pub max_model_len: Option<usize>,
 }
 
@@ -27,6 +27,9 @@ pub struct Loaded {
     /// Fields of config.json that were not understood.
     pub unread_config: Vec<String>,
 }
+
+/// Context that is prepared for unless a longer one is asked for: rotary tables take memory by its length.
+const DEFAULT_LEN_MAX: usize = 1 << 17;
 
 /// Loads the checkpoint in `files`. `on_progress(read, total)` is told bytes.
 ///
@@ -52,7 +55,7 @@ pub fn load(
         return Err(LoadError::Family { found: model_type, supported: supported.join(", ") });
     };
     let max_positions = config.int("max_position_embeddings", 1..=1 << 27)?;
-    let max_model_len = options.max_model_len.unwrap_or(max_positions);
+    let max_model_len = options.max_model_len.unwrap_or(max_positions.min(DEFAULT_LEN_MAX));
     if max_model_len == 0 || max_model_len > max_positions {
         let problem = format!("is {max_positions}, so --max-model-len must be between 1 and that; got {max_model_len}");
         return Err(config.error("max_position_embeddings", problem));
@@ -88,7 +91,10 @@ pub fn load(
     if eos.is_empty() {
         eos = config.eos_token_ids()?;
     }
-    eos.retain(|id| (*id as usize) < model.shape.vocab);
+    if let Some(id) = eos.iter().find(|id| **id as usize >= model.shape.vocab) {
+        let problem = format!("is {id}, but the vocabulary has {} tokens", model.shape.vocab);
+        return Err(generation.as_ref().unwrap_or(&config).error("eos_token_id", problem));
+    }
     let unread_config = config.unread().into_iter().map(String::from).collect();
     Ok(Loaded { model, eos, max_model_len, unread_config })
 }

@@ -35,7 +35,8 @@ impl RopeConfig {
         let map = old.or(new).unwrap_or_default();
         let rope = Fields { config, field, map: &map };
         let theta = match rope.opt("rope_theta")?.or(top_theta) {
-            Some(theta) => theta,
+            Some(theta) if theta > 0.0 => theta,
+            Some(theta) => return Err(rope.error("rope_theta", format!("must be above 0; got {theta}"))),
             None => return Err(config.error("rope_theta", "is missing, here and in `rope_parameters`")),
         };
         if rope.opt("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
@@ -172,7 +173,11 @@ impl Fields<'_> {
             original,
             beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
             beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
-            truncate: self.map.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+            truncate: match self.map.get("truncate") {
+                None | Some(Value::Null) => true,
+                Some(Value::Bool(truncate)) => *truncate,
+                Some(other) => return Err(self.error("truncate", format!("must be true or false; got {other}"))),
+            },
             attention_factor,
         })
     }
@@ -210,6 +215,8 @@ mod tests {
             ),
             (json!({"rope_theta": 1e4, "rope_scaling": {"type": "yarn"}}), "rope_scaling.factor`: is missing"),
             (json!({"rope_theta": 1e4, "rope_scaling": [1]}), "must be an object"),
+            (json!({"rope_parameters": {"rope_theta": 0.0}}), "above 0"),
+            (json!({"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}}), "true or false"),
             (json!({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}), "only 1.0"),
         ] {
             let error = read(fields.clone()).unwrap_err().to_string();

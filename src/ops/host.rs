@@ -28,10 +28,6 @@ impl HostTensor {
         &self.shape
     }
 
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     /// Rows and columns of a matrix.
     pub(super) fn dims2(&self) -> (usize, usize) {
         match self.shape[..] {

@@ -1,4 +1,4 @@
-//! Plain values shared by every module: ids, requests that are valid by construction, and the
+//! Plain values shared by every module: ids, shapes, requests with their limits, and the
 //! parsed (not yet resolved) command-line choices. Knows neither candle nor tokio.
 
 mod choice;

@@ -1,8 +1,8 @@
-//! A generation request that has been validated: whoever holds one need not check it again.
+//! A generation request, its limits, and what it used. [`GenerateRequest::check`] stands before every queue.
 
 use super::{RouterSpec, TokenId, Work};
 
-/// How the next token is drawn. Fields hold values that [`GenerateRequest::check`] accepted.
+/// How the next token is drawn. [`GenerateRequest::check`] knows the ranges.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy.

@@ -157,51 +157,57 @@ impl CompletionRequest {
             let message = format!("unknown field `{field}`; known are {}", Self::FIELDS.join(", "));
             return Err(RequestError { param: Some(field), message });
         }
-        Self::typed(&fields)
+        Self::typed(fields)
     }
 
-    fn typed(fields: &Map<String, Value>) -> Result<Self, RequestError> {
+    fn typed(mut fields: Map<String, Value>) -> Result<Self, RequestError> {
         Ok(Self {
-            model: get(fields, "model", "a string")?,
+            model: get(&mut fields, "model", "a string")?,
             prompt: get(
-                fields,
+                &mut fields,
                 "prompt",
                 "a string, an array of strings, an array of token ids, or an array of those",
             )?,
-            max_tokens: get(fields, "max_tokens", "a whole number of at least 1")?,
-            min_tokens: get(fields, "min_tokens", "a whole number of at least 0")?,
-            temperature: get(fields, "temperature", "a number")?,
-            top_p: get(fields, "top_p", "a number")?,
-            top_k: get(fields, "top_k", "a whole number, 0 or -1 for off")?,
-            min_p: get(fields, "min_p", "a number")?,
-            presence_penalty: get(fields, "presence_penalty", "a number")?,
-            frequency_penalty: get(fields, "frequency_penalty", "a number")?,
-            repetition_penalty: get(fields, "repetition_penalty", "a number")?,
-            seed: get(fields, "seed", "a whole number of 64 bits")?,
-            stop: get(fields, "stop", "a string or an array of strings")?,
-            stop_token_ids: get(fields, "stop_token_ids", "an array of token ids")?,
-            ignore_eos: get(fields, "ignore_eos", "true or false")?,
-            skip_special_tokens: get(fields, "skip_special_tokens", "true or false")?,
-            stream: get(fields, "stream", "true or false")?,
+            max_tokens: get(&mut fields, "max_tokens", "a whole number of at least 1")?,
+            min_tokens: get(&mut fields, "min_tokens", "a whole number of at least 0")?,
+            temperature: get(&mut fields, "temperature", "a number")?,
+            top_p: get(&mut fields, "top_p", "a number")?,
+            top_k: get(&mut fields, "top_k", "a whole number, 0 or -1 for off")?,
+            min_p: get(&mut fields, "min_p", "a number")?,
+            presence_penalty: get(&mut fields, "presence_penalty", "a number")?,
+            frequency_penalty: get(&mut fields, "frequency_penalty", "a number")?,
+            repetition_penalty: get(&mut fields, "repetition_penalty", "a number")?,
+            seed: get(&mut fields, "seed", "a whole number of 64 bits")?,
+            stop: get(&mut fields, "stop", "a string or an array of strings")?,
+            stop_token_ids: get(&mut fields, "stop_token_ids", "an array of token ids")?,
+            ignore_eos: get(&mut fields, "ignore_eos", "true or false")?,
+            skip_special_tokens: get(&mut fields, "skip_special_tokens", "true or false")?,
+            stream: get(&mut fields, "stream", "true or false")?,
             stream_options: get(
-                fields,
+                &mut fields,
                 "stream_options",
                 "an object with `include_usage`, true or false, and nothing else",
             )?,
-            user: get(fields, "user", "a string")?,
+            user: get(&mut fields, "user", "a string")?,
         })
     }
 }
 
+/// Takes a field out: bodies can be large, so values are not copied but for the message about a wrong one.
 fn get<T: DeserializeOwned>(
-    fields: &Map<String, Value>,
+    fields: &mut Map<String, Value>,
     field: &str,
     expected: &str,
 ) -> Result<Option<T>, RequestError> {
-    let Some(value) = fields.get(field) else { return Ok(None) };
-    serde_json::from_value(value.clone()).map(Some).map_err(|_| RequestError {
+    let Some(value) = fields.get_mut(field) else { return Ok(None) };
+    // The beginning of a long array tells as much as all of it.
+    let head = match &*value {
+        Value::Array(items) => Value::Array(items.iter().take(40).cloned().collect()),
+        other => other.clone(),
+    };
+    serde_json::from_value(value.take()).map(Some).map_err(|_| RequestError {
         param: Some(field.into()),
-        message: format!("{field} must be {expected}; got {}", shown(value)),
+        message: format!("{field} must be {expected}; got {}", shown(&head)),
     })
 }
 

@@ -1,8 +1,8 @@
 //! Families against Hugging Face transformers: logits and greedy continuations made by `tests/golden/make.py`.
 
-use crate::support::{Runner, argmax, repo, try_load};
-use moe_serve::model::FAMILIES;
-use moe_serve::types::DtypeChoice;
+use crate::support::{Runner, argmax, repo, try_load, try_load_on};
+use moe_serve::model::{FAMILIES, LoadError};
+use moe_serve::types::{DeviceChoice, DtypeChoice};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 
@@ -123,6 +123,28 @@ fn prefill_equals_decode_and_batched_equals_single_bit_for_bit() {
             got_a.extend_from_slice(&both[..a.len() - 6]);
             got_b.extend_from_slice(&both[a.len() - 6..]);
             assert_eq!((got_a, got_b), (want_a, want_b), "{} {dtype}: batched and single differ", golden.name);
+        }
+    }
+}
+
+#[test]
+fn on_a_cuda_device_logits_match_transformers_too() {
+    for golden in goldens() {
+        for dtype in [DtypeChoice::F32, DtypeChoice::Bf16] {
+            let loaded = match try_load_on(&golden.dir, dtype, DeviceChoice::Cuda(0)) {
+                Ok(loaded) => loaded,
+                Err(LoadError::Backend(why)) => {
+                    eprintln!("SKIPPED: no CUDA device ({why})");
+                    return;
+                }
+                Err(error) => panic!("{}: {error}", golden.name),
+            };
+            let logits = Runner::new(&loaded.model, 1, 64, "native").step(&[(0, &golden.input)]).concat();
+            let (max, rms) = differences(&logits, &golden.logits_f32);
+            // Rounding in bf16 differs from transformers' in place, not in kind.
+            let (_, theirs) = differences(&golden.logits_bf16, &golden.logits_f32);
+            let fine = if dtype == DtypeChoice::F32 { max < 1e-3 } else { rms <= 2.0 * theirs };
+            assert!(fine, "{} {dtype}: logits differ by {max}, rms {rms}", golden.name);
         }
     }
 }

@@ -27,7 +27,8 @@ struct Scripted {
 impl Scripted {
     fn new(scripts: impl IntoIterator<Item = Script>) -> Arc<Self> {
         let limits = Limits { vocab: 256, max_model_len: 64 };
-        let info = ModelInfo { name: "org/double".into(), router: "k = 2".into(), limits, created: 7 };
+        let info =
+            ModelInfo { name: "org/double".into(), router: "k = 2".into(), limits, unfinished_max: 64, created: 7 };
         Arc::new(Self {
             info,
             ready: true,

@@ -1,12 +1,13 @@
 //! What several test modules need.
 
+use indicatif::{MultiProgress, ProgressDrawTarget};
 use moe_serve::engine::{Engine, EngineConfig, Text};
 use moe_serve::model::hub::{Files, HubOptions, resolve};
 use moe_serve::model::{CausalLm, LoadError, LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::StepTokens;
 use moe_serve::moe::{Policy, RouteCtx, StepTrace};
 use moe_serve::ops::{KvCache, KvShape, Segment, StepLayout, to_host};
-use moe_serve::types::{BlockId, DtypeChoice, TokenId};
+use moe_serve::types::{BlockId, DeviceChoice, DtypeChoice, TokenId};
 use moe_serve::wire::{Chunk, CompletionResponse};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -25,13 +26,22 @@ pub fn files(dir: &Path) -> Files {
         config: dir.join("config.json"),
         generation_config: file("generation_config.json"),
         tokenizer: file("tokenizer.json").unwrap_or_else(|| repo("models/stories-mixtral/tokenizer.json")),
-        tokenizer_config: file("tokenizer_config.json"),
         weights: vec![dir.join("model.safetensors")],
     }
 }
 
+/// The files of the checkpoint that comes with the source.
+pub fn bundled_files() -> Files {
+    let bars = MultiProgress::with_draw_target(ProgressDrawTarget::hidden());
+    resolve(repo("models/stories-mixtral").to_str().unwrap(), &HubOptions::default(), &bars).unwrap()
+}
+
 pub fn try_load(dir: &Path, dtype: DtypeChoice) -> Result<Loaded, LoadError> {
-    load(&files(dir), &LoadOptions { dtype, ..Default::default() }, |_, _| {})
+    try_load_on(dir, dtype, DeviceChoice::Cpu)
+}
+
+pub fn try_load_on(dir: &Path, dtype: DtypeChoice, device: DeviceChoice) -> Result<Loaded, LoadError> {
+    load(&files(dir), &LoadOptions { dtype, device, max_model_len: None }, |_, _| {})
 }
 
 /// Sequences run by hand, without engine and scheduler: each has its own scattered KV blocks.

@@ -70,7 +70,6 @@ fn modules_import_only_along_the_arrows() {
     let modules: BTreeSet<&str> = ARROWS.iter().map(|(m, _)| *m).collect();
     for (module, allowed) in ARROWS {
         for (file, text) in sources(&[&format!("src/{module}")], &["rs"]) {
-            // Kernel tests run attention through the seam's own types.
             for import in imports(&text).iter().filter(|i| modules.contains(i.as_str())) {
                 let fine = import == module || import == "types" || allowed.contains(&import.as_str());
                 assert!(fine, "{file} imports {import}; {module} may import types and {allowed:?}");

@@ -136,7 +136,8 @@ impl Policy {
             (Weights::Keep, true) => "weights kept from the native top-k0",
             (Weights::Native | Weights::Keep, false) => "weights are the raw probabilities",
         };
-        format!("{rule}; {weights}")
+        let batch = if self.batch_invariant() { "" } else { "; depends on the rest of the batch" };
+        format!("{rule}; {weights}{batch}")
     }
 
     /// Routes the tokens of `gate`.

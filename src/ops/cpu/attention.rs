@@ -4,6 +4,7 @@ use super::isa::multiversion;
 use super::{SharedOut, for_each};
 use crate::ops::kv::{KvShape, Segment, StepLayout};
 use candle_core::DType;
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 /// Keys and values: per layer `[blocks, kv_heads, block_size, hd]`, so that one head's keys in a block are contiguous.
@@ -29,9 +30,9 @@ struct Pair<E> {
     v: Vec<E>,
 }
 
-impl<E: Copy> Pair<E> {
-    fn new(zero: E, len: usize) -> Self {
-        Self { k: vec![zero; len], v: vec![zero; len] }
+impl<E> Pair<E> {
+    fn new(zeros: impl Fn() -> Vec<E>) -> Self {
+        Self { k: zeros(), v: zeros() }
     }
 }
 
@@ -85,10 +86,12 @@ impl KvStore {
     pub(crate) fn new(shape: &KvShape, dtype: DType) -> Self {
         let layer_len = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim;
         let len = shape.layers * layer_len;
+        // As integers, zeros are asked of the system instead of written: a cache takes memory as it fills.
+        let bits = || vec![0u16; len];
         let data = match dtype {
-            DType::F32 => Data::F32(Pair::new(0.0, len)),
-            DType::F16 => Data::F16(Pair::new(f16::ZERO, len)),
-            _ => Data::Bf16(Pair::new(bf16::ZERO, len)),
+            DType::F32 => Data::F32(Pair::new(|| vec![0.0; len])),
+            DType::F16 => Data::F16(Pair::new(|| bits().reinterpret_into())),
+            _ => Data::Bf16(Pair::new(|| bits().reinterpret_into())),
         };
         let KvShape { block_size, kv_heads, head_dim, .. } = *shape;
         Self { block_size, kv_heads, head_dim, layer_len, data }

@@ -1,4 +1,5 @@
-//! SwiGLU feed-forward nets over packed weights: gate and up fused with the activation, down with the weighted sum.
+//! SwiGLU feed-forward nets over packed weights: gate and up fused with the activation, then down, then the
+//! weighted sum per token.
 
 use super::kernel::{Rows, matmul, multiply};
 use super::pack::{NR, PackedMatrix};

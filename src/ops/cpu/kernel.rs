@@ -244,8 +244,7 @@ unsafe fn dispatch_pairs(x: *const u32, width: usize, w: *const u32, tile: &Tile
     }
 }
 
-/// Defines a kernel in plain Rust over `$steps` words per input; `$widen` gives, for a word, the multipliers of
-/// one input or two.
+/// Defines a kernel in plain Rust; a word holds `$inputs_per_word` weights, and `$widen` gives one of them.
 macro_rules! plain_kernel {
     ($name:ident, $w:ty, $inputs_per_word:literal, $widen:expr) => {
         #[inline(always)]

@@ -72,7 +72,7 @@ struct SharedOut {
     len: usize,
 }
 
-// SAFETY: work items write disjoint ranges only; see the calls of `slice`.
+// SAFETY: work items write disjoint ranges only; see the calls of `from`.
 unsafe impl Send for SharedOut {}
 // SAFETY: as above.
 unsafe impl Sync for SharedOut {}

@@ -91,7 +91,6 @@ proptest! {
 
     #[test]
     fn every_instruction_set_agrees_with_the_reference(m in 1usize..30, i in 1usize..40, o in 1usize..70, seed in 0u64..1000) {
-        // The kernels behind each dispatch, called at this processor's widest; the plain ones on the same data.
         let w = weights(seed, o, i);
         let x = exact(seed + 7, m * i);
         let want = reference::linear(&x, &w.to_f32(), i, o);
