@@ -117,7 +117,7 @@ impl Generate for Engine {
         let max = self.info.limits.max_model_len;
         if text.len() > max.saturating_mul(self.text.token_bytes_max()) {
             let bytes = text.len();
-            return Err(format!("prompt has {bytes} bytes, which cannot fit the context of {max} tokens: shorten it"));
+            return Err(format!("prompt has {bytes} bytes, but the context of this model is {max} tokens: shorten it"));
         }
         self.text.encode(text).map_err(|e| e.to_string())
     }

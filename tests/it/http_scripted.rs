@@ -338,10 +338,18 @@ async fn a_bad_prompt_among_good_ones_submits_nothing() {
         (json!(["a", "b".repeat(64)]), "64 tokens"),
     ] {
         let generate = Scripted::new([]);
-        let answer = complete(&generate, json!({"prompt": prompts})).await;
+        let answer = complete(&generate, json!({"prompt": prompts, "max_tokens": 16})).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{prompts}");
         assert!(answer.error()["message"].as_str().unwrap().contains(message), "{}", answer.body);
     }
+}
+
+#[tokio::test]
+async fn the_default_of_max_tokens_gives_way_to_the_context() {
+    let generate = Scripted::new([told([done(1)])]);
+    let answer = complete(&generate, json!({"prompt": "b".repeat(60)})).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.body);
+    assert_eq!(generate.submitted.lock().unwrap()[0].max_tokens, 4);
 }
 
 #[tokio::test]

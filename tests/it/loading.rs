@@ -308,8 +308,7 @@ fn end_tokens_come_from_generation_config_first() {
         (json!(5), Some(json!({"eos_token_id": null})), Ok(vec![5])),
         (json!(5), Some(json!({"eos_token_id": []})), Ok(vec![5])),
         (json!([5]), Some(json!({"temperature": 0.7})), Ok(vec![5])),
-        // Beyond the vocabulary of 128: never sampled, so of no use.
-        (json!([5, 4000]), None, Ok(vec![5])),
+        (json!([5, 4000]), None, Err("is 4000, but the vocabulary has 128 tokens")),
         (json!("</s>"), None, Err("config.json: field `eos_token_id`")),
         (json!([5, -1]), None, Err("config.json: field `eos_token_id`")),
         (json!(5), Some(json!({"eos_token_id": 1.5})), Err("generation_config.json: field `eos_token_id`")),

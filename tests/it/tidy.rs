@@ -102,9 +102,9 @@ fn ops_takes_nothing_of_moe_but_the_routing() {
 
 #[test]
 fn cuda_is_chosen_behind_the_seam_alone() {
-    for (file, text) in sources(&["src", "tests", "benches"], &["rs"]) {
+    for (file, text) in sources(&["src", "benches"], &["rs"]) {
         let chosen = code(&text).contains("feature = \"cuda\"");
-        let allowed = file.starts_with("src/ops/") || file == "tests/it/tidy.rs";
+        let allowed = file.starts_with("src/ops/");
         assert!(!chosen || allowed, "{file} looks at the feature `cuda`");
     }
 }
