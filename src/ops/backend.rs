@@ -67,7 +67,7 @@ impl Backend {
         Some(kib * 1024)
     }
 
-    /// `cpu (AVX-512 BF16, 2 threads)`, `cuda:0`.
+    /// `cpu (AVX-512, 2 threads)`, `cuda:0`.
     pub fn describe(&self) -> String {
         match self.device.location() {
             candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),

@@ -1,20 +1,10 @@
 //! The engine in process: batching changes nothing, blocks come back, the books are right.
 
-use crate::support::{repo, try_load};
+use crate::support::{engine, repo};
 use moe_serve::engine::api::{Event, Events, Generate, SubmitError};
-use moe_serve::engine::{Engine, EngineConfig, Text};
-use moe_serve::moe::Policy;
+use moe_serve::engine::{Engine, EngineConfig};
 use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, SamplingParams, Usage};
-use std::path::Path;
 use std::time::{Duration, Instant};
-
-fn engine(dir: &Path, dtype: DtypeChoice, router: &str, config: EngineConfig) -> Engine {
-    let loaded = try_load(dir, dtype).unwrap();
-    // The tiny golden models have smaller vocabularies than the tokenizer: their text is not looked at.
-    let text = Text::read(&repo("models/stories-mixtral/tokenizer.json"), 4096).unwrap();
-    let policy = Policy::build(&router.parse().unwrap(), &loaded.model.shape().moe).unwrap();
-    Engine::start("test".into(), loaded, text, policy, config).unwrap()
-}
 
 fn bundled(router: &str, config: EngineConfig) -> Engine {
     engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, router, config)

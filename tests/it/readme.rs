@@ -1,11 +1,8 @@
 //! The README's commands, tried.
 
-use crate::support::{repo, try_load};
-use moe_serve::engine::{Engine, EngineConfig, Text};
-use moe_serve::moe::Policy;
+use crate::support::{Server, ServerOptions, repo};
 use moe_serve::types::{DtypeChoice, RouterSpec};
 use std::process::Command;
-use std::sync::Arc;
 
 fn readme() -> String {
     std::fs::read_to_string(repo("README.md")).unwrap()
@@ -64,43 +61,30 @@ fn every_file_of_the_file_map_exists() {
     assert!(seen >= 12);
 }
 
-#[test]
-fn every_request_gets_the_kind_of_answer_that_is_shown() {
-    let dir = repo("models/stories-mixtral");
-    let loaded = try_load(&dir, DtypeChoice::Auto).unwrap();
-    let text = Text::read(&dir.join("tokenizer.json"), loaded.model.shape().vocab).unwrap();
-    let policy = Policy::build(&"dynk:0.8".parse().unwrap(), &loaded.model.shape().moe).unwrap();
-    let engine = Engine::start("stories-mixtral".into(), loaded, text, policy, EngineConfig::default()).unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let base = format!("http://{}", listener.local_addr().unwrap());
-        let app = moe_serve::http::app(Arc::new(engine));
-        tokio::spawn(moe_serve::http::serve(listener, app, std::future::pending()));
-        let client = reqwest::Client::new();
-        let mut seen = 0;
-        for (command, shown) in commands().into_iter().filter(|(c, _)| c.starts_with("curl")) {
-            seen += 1;
-            let path = command.split("localhost:8000").nth(1).unwrap().split(' ').next().unwrap();
-            let url = format!("{base}{path}");
-            let request = match command.split("-d '").nth(1) {
-                Some(body) => client.post(url).body(body.split('\'').next().unwrap().to_string()),
-                None => client.get(url),
-            };
-            let answer = request.send().await.unwrap().text().await.unwrap();
-            let names = |line: &str| line.split(['{', ' ', '"']).next().unwrap_or_default().to_string();
-            if path == "/metrics" {
-                // Values vary, names do not.
-                shown.iter().for_each(|l| assert!(answer.contains(&names(l)), "{l}"));
-            } else if shown[0].starts_with("data: ") {
-                let last = answer.trim_end().lines().last().unwrap();
-                assert_eq!(shown.iter().rfind(|l| !l.is_empty()).unwrap(), last);
-                assert_eq!(answer.matches("data: ").count(), 8, "five tokens, an end, the usage, [DONE]");
-                assert!(answer.contains("\"moe\":{\"experts_per_token\":1."));
-            } else {
-                assert_eq!(answer, shown[0]);
-            }
+#[tokio::test]
+async fn every_request_gets_the_kind_of_answer_that_is_shown() {
+    let server = Server::start(ServerOptions { router: "dynk:0.8", dtype: DtypeChoice::Auto, ..Default::default() });
+    let mut seen = 0;
+    for (command, shown) in commands().into_iter().filter(|(c, _)| c.starts_with("curl")) {
+        seen += 1;
+        let path = command.split("localhost:8000").nth(1).unwrap().split(' ').next().unwrap();
+        let answer = match command.split("-d '").nth(1) {
+            Some(body) => server.post(&serde_json::from_str(body.split('\'').next().unwrap()).unwrap()).await,
+            None => server.get(path).await,
+        };
+        let answer = answer.text().await.unwrap();
+        if path == "/metrics" {
+            // Values vary, names do not.
+            let name = |line: &str| line.split(['{', ' ']).next().unwrap_or_default().to_string();
+            shown.iter().for_each(|l| assert!(answer.contains(&name(l)), "{l}"));
+        } else if shown[0].starts_with("data: ") {
+            let last = answer.trim_end().lines().last().unwrap();
+            assert_eq!(shown.iter().rfind(|l| !l.is_empty()).unwrap(), last);
+            assert_eq!(answer.matches("data: ").count(), 8, "five tokens, an end, the usage, [DONE]");
+            assert!(answer.contains("\"moe\":{\"experts_per_token\":1."));
+        } else {
+            assert_eq!(answer, shown[0]);
         }
-        assert!(seen >= 3);
-    });
+    }
+    assert!(seen >= 3);
 }

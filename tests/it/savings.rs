@@ -1,19 +1,14 @@
 //! What each router saves on the prompts of `eval/prompts.jsonl`. Prints the README's table:
 //! `cargo test --test it savings -- --nocapture`.
 
-use crate::support::{repo, try_load};
+use crate::support::{engine, repo};
+use moe_serve::engine::EngineConfig;
 use moe_serve::engine::api::Generate;
-use moe_serve::engine::{Engine, EngineConfig, Text};
-use moe_serve::moe::Policy;
 use moe_serve::types::{DtypeChoice, GenerateRequest, Work};
 
 #[test]
 fn savings_on_the_bundled_checkpoint_are_what_the_rules_promise() {
-    let dir = repo("models/stories-mixtral");
-    let loaded = try_load(&dir, DtypeChoice::Auto).unwrap();
-    let text = Text::read(&dir.join("tokenizer.json"), loaded.model.shape().vocab).unwrap();
-    let native = Policy::build(&"native".parse().unwrap(), &loaded.model.shape().moe).unwrap();
-    let engine = Engine::start("test".into(), loaded, text, native, EngineConfig::default()).unwrap();
+    let engine = engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, "native", EngineConfig::default());
     let prompts: Vec<String> = std::fs::read_to_string(repo("eval/prompts.jsonl"))
         .unwrap()
         .lines()

@@ -87,15 +87,8 @@ fn held_out_perplexity_of_stories_mixtral_is_that_of_transformers() {
 }
 
 #[test]
-#[ignore = "takes half a minute; the first windows below stand for it"]
 fn held_out_perplexity_of_stories_olmoe_is_that_of_transformers() {
     assert_perplexity("stories-olmoe", WINDOWS, 39.49, 4.0);
-}
-
-/// The figure is this program's own, from the day the whole gave 39.492.
-#[test]
-fn the_first_windows_of_stories_olmoe_keep_their_perplexity() {
-    assert_perplexity("stories-olmoe", 24, 38.77, 4.0);
 }
 
 /// The figures of SOURCE.txt count what the rule would choose while the model runs natively. Here it does choose, and

@@ -44,6 +44,15 @@ pub fn try_load_on(dir: &Path, dtype: DtypeChoice, device: DeviceChoice) -> Resu
     load(&files(dir), &LoadOptions { dtype, device, max_model_len: None }, |_, _| {})
 }
 
+/// An engine for the checkpoint in `dir`, on the CPU.
+pub fn engine(dir: &Path, dtype: DtypeChoice, router: &str, config: EngineConfig) -> Engine {
+    let loaded = try_load(dir, dtype).unwrap();
+    // The tiny golden models have smaller vocabularies than the tokenizer: their text is not looked at.
+    let text = Text::read(&repo("models/stories-mixtral/tokenizer.json"), 4096).unwrap();
+    let policy = Policy::build(&router.parse().unwrap(), &loaded.model.shape().moe).unwrap();
+    Engine::start("test".into(), loaded, text, policy, config).unwrap()
+}
+
 /// Sequences run by hand, without engine and scheduler: each has its own scattered KV blocks.
 pub struct Runner<'a> {
     pub model: &'a CausalLm,
@@ -169,7 +178,7 @@ impl Streamed {
 impl Server {
     pub fn start(options: ServerOptions) -> Self {
         let files = bundled_files();
-        let load_options = LoadOptions { dtype: options.dtype, ..Default::default() };
+        let load_options = LoadOptions { dtype: options.dtype, device: DeviceChoice::Cpu, max_model_len: None };
         let mut loaded = load(&files, &load_options, |_, _| {}).unwrap();
         if let Some(eos) = options.eos {
             loaded.eos = eos;

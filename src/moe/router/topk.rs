@@ -16,8 +16,9 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     },
 };
 
-struct TopK {
-    k: usize,
+/// The `k` most probable experts, for every token and layer.
+pub(super) struct TopK {
+    pub(super) k: usize,
 }
 
 impl Router for TopK {
@@ -26,6 +27,7 @@ impl Router for TopK {
     }
 
     fn describe(&self, shape: &MoeShape) -> String {
-        format!("k = {} of {} experts (the checkpoint's own: {})", self.k, shape.experts, shape.top_k)
+        let own = if self.k == shape.top_k { String::new() } else { format!(": {}", shape.top_k) };
+        format!("k = {} of {} experts (the checkpoint's own{own})", self.k, shape.experts)
     }
 }

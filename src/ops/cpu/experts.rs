@@ -37,7 +37,7 @@ impl PackedSwiglu {
     ///
     /// # Safety
     /// `h` must be valid for `x.len()` rows, and no one else may write these columns.
-    unsafe fn hidden(&self, x: &Rows<'_>, panel: usize, h: *mut f32) {
+    unsafe fn hidden(&self, x: Rows<'_>, panel: usize, h: *mut f32) {
         /// Rows at a time: both halves of a tile stay in the first-level cache.
         const ROWS: usize = 48;
         let mut tile = [0.0; ROWS * 2 * NR];
@@ -72,16 +72,22 @@ pub(crate) fn swiglu(x: &Tensor, net: &PackedSwiglu) -> Result<Tensor> {
     let (tokens, d) = x.dims2()?;
     let mut y = vec![0.0; tokens * d];
     with_f32(x, |x| {
-        let x = Rows::new(x, &net.gate_up);
+        let x = Rows::new(x, d);
         let mut h = vec![0.0; tokens * net.width];
         let out = SharedOut::new(&mut h);
         for_each(net.hidden_panels(), 4 * tokens * d * net.width, |panel| {
             // SAFETY: items write disjoint columns.
-            unsafe { net.hidden(&x, panel, out.from(0)) };
+            unsafe { net.hidden(x, panel, out.from(0)) };
         });
-        matmul(&Rows::new(&h, &net.down), &net.down, &mut y);
+        matmul(Rows::new(&h, net.width), &net.down, &mut y);
     })?;
     Tensor::from_vec(y, (tokens, d), &Device::Cpu)
+}
+
+/// The rows of expert `e` in `x`, which holds all routed rows, `width` wide.
+fn expert_rows<'a>(x: &'a [f32], routing: &Routing, e: usize, width: usize) -> Rows<'a> {
+    let rows = routing.expert_rows(e);
+    Rows::new(&x[rows.start * width..rows.end * width], width)
 }
 
 /// Every token's weighted sum over its experts: `x [T, D] → [T, D]`.
@@ -101,9 +107,9 @@ pub(crate) fn grouped_swiglu(x: &Tensor, experts: &[PackedSwiglu], routing: &Rou
 
     // h [R, F]: rows sorted by expert, so every expert's rows are one block.
     let mut h = vec![0.0; rows * width];
-    let gathered: Vec<Rows<'static>> = with_f32(x, |x| {
-        let x = Rows::new(x, &experts[0].gate_up);
-        active.iter().map(|&e| x.gather(&routing.token_r()[routing.expert_rows(e)])).collect()
+    let gathered: Vec<f32> = with_f32(x, |x| {
+        let row = |t: &u32| &x[*t as usize * d..(*t as usize + 1) * d];
+        routing.token_r().iter().flat_map(row).copied().collect()
     })?;
     let panels = experts[0].hidden_panels();
     let out = SharedOut::new(&mut h);
@@ -111,27 +117,27 @@ pub(crate) fn grouped_swiglu(x: &Tensor, experts: &[PackedSwiglu], routing: &Rou
         let (i, panel) = (item / panels, item % panels);
         let e = active[i];
         // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe { experts[e].hidden(&gathered[i], panel, out.from(routing.expert_rows(e).start * width)) };
+        unsafe {
+            experts[e].hidden(
+                expert_rows(&gathered, routing, e, d),
+                panel,
+                out.from(routing.expert_rows(e).start * width),
+            )
+        };
     });
     drop(gathered);
 
     // y [R, D]: what each expert says about each of its tokens.
-    let blocks: Vec<Rows<'_>> = active
-        .iter()
-        .map(|&e| {
-            let rows = routing.expert_rows(e);
-            Rows::new(&h[rows.start * width..rows.end * width], &experts[e].down)
-        })
-        .collect();
     let mut y = vec![0.0; rows * d];
     let out = SharedOut::new(&mut y);
     let panels = d.div_ceil(NR);
     for_each(active.len() * panels, 2 * rows * d * width, |item| {
         let (i, panel) = (item / panels, item % panels);
         let e = active[i];
+        let h = expert_rows(&h, routing, e, width);
         let first = routing.expert_rows(e).start * d + panel * NR;
         // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe { multiply(&blocks[i], 0..blocks[i].len(), &experts[e].down, panel..panel + 1, out.from(first), d) };
+        unsafe { multiply(h, 0..h.len(), &experts[e].down, panel..panel + 1, out.from(first), d) };
     });
 
     let mut sums = vec![0.0; tokens * d];

@@ -5,8 +5,6 @@ use std::sync::OnceLock;
 /// Instruction sets the kernels are written for, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Isa {
-    /// AVX-512 with bf16 dot products.
-    Avx512Bf16,
     Avx512,
     /// AVX2 and FMA.
     Avx2,
@@ -26,11 +24,7 @@ impl Isa {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            if avx512 && is_x86_feature_detected!("avx512bf16") {
-                all.push(Self::Avx512Bf16);
-            }
-            if avx512 {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
                 all.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -42,10 +36,9 @@ impl Isa {
     }
 }
 
-/// `cpu (AVX-512 BF16, 2 threads)`.
+/// `cpu (AVX-512, 2 threads)`.
 pub(crate) fn describe() -> String {
     let name = match Isa::get() {
-        Isa::Avx512Bf16 => "AVX-512 BF16",
         Isa::Avx512 => "AVX-512",
         Isa::Avx2 => "AVX2",
         Isa::Portable => "portable",
@@ -66,7 +59,7 @@ macro_rules! multiversion {
                 fn avx2($($arg: $ty),*) { $body($($arg),*) }
                 match Isa::get() {
                     // SAFETY: `Isa::get` found these instructions.
-                    Isa::Avx512Bf16 | Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     Isa::Portable => {}

@@ -3,79 +3,28 @@
 //! Every output is one chain of multiply-adds over the inputs, in order, whatever tile it is computed in: a
 //! row's result does not depend on how many rows come with it.
 
-use super::isa::{Isa, multiversion};
+use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
 use super::{SharedOut, for_each};
 use half::f16;
 use std::ops::Range;
 
-/// Activations in the form the weights' kernel reads.
-pub(super) enum Rows<'a> {
-    /// `[M, I]`
-    F32 { x: std::borrow::Cow<'a, [f32]>, width: usize },
-    /// `[M, I/2 rounded up]`, two bf16 a word, for bf16 dot products.
-    Pairs { x: Vec<u32>, width: usize },
+/// Rows of activations, `[M, I]`.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    x: &'a [f32],
+    width: usize,
 }
 
 impl<'a> Rows<'a> {
-    /// Prepares `x [M, I]` for `w`.
-    pub(super) fn new(x: &'a [f32], w: &PackedMatrix) -> Self {
-        Self::on(Isa::get(), x, w)
-    }
-
-    fn on(isa: Isa, x: &'a [f32], w: &PackedMatrix) -> Self {
-        let width = w.inputs();
-        if matches!(w.data(), Data::Bf16(_)) && isa == Isa::Avx512Bf16 {
-            let pairs = width.div_ceil(2);
-            let mut words = vec![0; x.len() / width * pairs];
-            to_pairs(x, width, &mut words);
-            return Self::Pairs { x: words, width: pairs };
-        }
-        Self::F32 { x: x.into(), width }
-    }
-
-    /// The rows `tokens`, in that order.
-    pub(super) fn gather(&self, tokens: &[u32]) -> Rows<'static> {
-        fn copy<T: Copy>(x: &[T], width: usize, tokens: &[u32]) -> Vec<T> {
-            let mut out = Vec::with_capacity(tokens.len() * width);
-            tokens.iter().for_each(|&t| out.extend_from_slice(&x[t as usize * width..(t as usize + 1) * width]));
-            out
-        }
-        match self {
-            Self::F32 { x, width } => Rows::F32 { x: copy(x, *width, tokens).into(), width: *width },
-            Self::Pairs { x, width } => Rows::Pairs { x: copy(x, *width, tokens), width: *width },
-        }
+    /// `x` as rows of `width`.
+    pub(super) fn new(x: &'a [f32], width: usize) -> Self {
+        Self { x, width }
     }
 
     /// M.
     pub(super) fn len(&self) -> usize {
-        match self {
-            Self::F32 { x, width } => x.len() / width,
-            Self::Pairs { x, width } => x.len() / width,
-        }
-    }
-}
-
-multiversion!(fn to_pairs(x: &[f32], width: usize, out: &mut [u32]) = to_pairs_body);
-
-/// Rounds to bf16, to nearest even, two a word. Not-a-numbers stay so: the quiet bit is set.
-#[inline(always)]
-fn to_pairs_body(x: &[f32], width: usize, out: &mut [u32]) {
-    #[inline(always)]
-    fn round(x: f32) -> u32 {
-        let bits = x.to_bits();
-        let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-        if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
-    }
-    for (row, words) in x.chunks_exact(width).zip(out.chunks_exact_mut(width.div_ceil(2))) {
-        let pairs = row.chunks_exact(2);
-        let rest = pairs.remainder();
-        for (pair, word) in pairs.zip(words.iter_mut()) {
-            *word = round(pair[0]) | round(pair[1]) << 16;
-        }
-        if let ([last], Some(word)) = (rest, words.last_mut()) {
-            *word = round(*last);
-        }
+        self.x.len() / self.width
     }
 }
 
@@ -83,7 +32,7 @@ fn to_pairs_body(x: &[f32], width: usize, out: &mut [u32]) {
 const PANELS_PER_ITEM: usize = 4;
 
 /// `y [M, O] = x [M, I] · wᵀ`.
-pub(super) fn matmul(x: &Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
+pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
     let (rows, outputs) = (x.len(), w.outputs());
     assert_eq!(y.len(), rows * outputs);
     let panels = outputs.div_ceil(NR);
@@ -96,13 +45,13 @@ pub(super) fn matmul(x: &Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
     });
 }
 
-/// [`matmul`] of plain rows with the kernels of `isa`, on this thread.
+/// [`matmul`] with the kernels of `isa`, on this thread.
 #[cfg(test)]
 pub(super) fn matmul_on(isa: Isa, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
-    let x = Rows::on(isa, x, w);
+    let x = Rows::new(x, w.inputs());
     assert_eq!(y.len(), x.len() * w.outputs());
     // SAFETY: `y` holds all rows and columns and is borrowed here alone.
-    unsafe { multiply_on(isa, &x, 0..x.len(), w, 0..w.outputs().div_ceil(NR), y.as_mut_ptr(), w.outputs()) };
+    unsafe { multiply_on(isa, x, 0..x.len(), w, 0..w.outputs().div_ceil(NR), y.as_mut_ptr(), w.outputs()) };
 }
 
 /// Rows `rows` of `x` times panels `panels` of `w`, to `out`, whose rows are `stride` apart; columns past the
@@ -111,7 +60,7 @@ pub(super) fn matmul_on(isa: Isa, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
 /// # Safety
 /// `out` must be valid for `rows.len()` rows of the panels' columns, and no one else may write them.
 pub(super) unsafe fn multiply(
-    x: &Rows<'_>,
+    x: Rows<'_>,
     rows: Range<usize>,
     w: &PackedMatrix,
     panels: Range<usize>,
@@ -128,7 +77,7 @@ pub(super) unsafe fn multiply(
 /// As [`multiply`].
 unsafe fn multiply_on(
     isa: Isa,
-    x: &Rows<'_>,
+    x: Rows<'_>,
     rows: Range<usize>,
     w: &PackedMatrix,
     panels: Range<usize>,
@@ -138,22 +87,14 @@ unsafe fn multiply_on(
     let columns = (panels.end * NR).min(w.outputs()) - panels.start * NR;
     let start = panels.start * w.panel_len();
     let tile = Tile { isa, rows: rows.len(), panels: panels.len(), panel_len: w.panel_len(), columns, stride };
+    let Rows { x, width } = x;
+    let x = x[rows.start * width..].as_ptr();
     // SAFETY: pointers are to the first row and panel of ranges within their buffers; `out` is the caller's word.
     unsafe {
-        match (x, w.data()) {
-            (Rows::F32 { x, width }, Data::F32(w)) => {
-                dispatch_f32(x[rows.start * width..].as_ptr(), *width, w[start..].as_ptr(), &tile, out);
-            }
-            (Rows::F32 { x, width }, Data::F16(w)) => {
-                dispatch_f16(x[rows.start * width..].as_ptr(), *width, w[start..].as_ptr(), &tile, out);
-            }
-            (Rows::F32 { x, width }, Data::Bf16(w)) => {
-                dispatch_bf16(x[rows.start * width..].as_ptr(), *width, w[start..].as_ptr(), &tile, out);
-            }
-            (Rows::Pairs { x, width }, Data::Bf16(w)) => {
-                dispatch_pairs(x[rows.start * width..].as_ptr(), *width, w[start..].as_ptr(), &tile, out);
-            }
-            (Rows::Pairs { .. }, _) => unreachable!("pairs are made for bf16 weights alone"),
+        match w.data() {
+            Data::F32(w) => dispatch_f32(x, width, w[start..].as_ptr(), &tile, out),
+            Data::F16(w) => dispatch_f16(x, width, w[start..].as_ptr(), &tile, out),
+            Data::Bf16(w) => dispatch_bf16(x, width, w[start..].as_ptr(), &tile, out),
         }
     }
 }
@@ -199,20 +140,20 @@ macro_rules! cover {
 
 /// Defines a dispatcher over the instruction sets: `$avx512` for AVX-512, `$plain` compiled for the others.
 macro_rules! dispatcher {
-    ($name:ident, $x:ty, $w:ty, $avx512:ident, $plain:ident) => {
-        unsafe fn $name(x: *const $x, width: usize, w: *const $w, tile: &Tile, out: *mut f32) {
+    ($name:ident, $w:ty, $avx512:ident, $plain:ident) => {
+        unsafe fn $name(x: *const f32, width: usize, w: *const $w, tile: &Tile, out: *mut f32) {
             // SAFETY: the caller's word for the pointers, `Isa::get`'s for the instructions.
             unsafe {
                 #[cfg(target_arch = "x86_64")]
                 {
                     use x86::$avx512;
                     #[target_feature(enable = "avx2,fma,f16c")]
-                    unsafe fn avx2(x: *const $x, width: usize, w: *const $w, tile: &Tile, out: *mut f32) {
+                    unsafe fn avx2(x: *const f32, width: usize, w: *const $w, tile: &Tile, out: *mut f32) {
                         // SAFETY: as for the function around it.
                         unsafe { cover!($plain, x, width, w, tile, out, [(2, 1), (1, 2)]) }
                     }
                     match tile.isa {
-                        Isa::Avx512Bf16 | Isa::Avx512 => {
+                        Isa::Avx512 => {
                             cover!($avx512, x, width, w, tile, out, [(12, 1), (8, 1), (4, 2), (2, 4), (1, 4)]);
                             return;
                         }
@@ -226,23 +167,9 @@ macro_rules! dispatcher {
     };
 }
 
-dispatcher!(dispatch_f32, f32, f32, f32_avx512, f32_plain);
-dispatcher!(dispatch_f16, f32, u16, f16_avx512, f16_plain);
-dispatcher!(dispatch_bf16, f32, u32, bf16_avx512, bf16_plain);
-
-unsafe fn dispatch_pairs(x: *const u32, width: usize, w: *const u32, tile: &Tile, out: *mut f32) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's word for the pointers; `Rows::new` makes pairs only where the instruction is.
-    unsafe {
-        use x86::pairs_avx512;
-        cover!(pairs_avx512, x, width, w, tile, out, [(12, 1), (8, 1), (4, 2), (2, 4), (1, 4)]);
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = (x, width, w, tile, out);
-        unreachable!("pairs are made for AVX-512 alone");
-    }
-}
+dispatcher!(dispatch_f32, f32, f32_avx512, f32_plain);
+dispatcher!(dispatch_f16, u16, f16_avx512, f16_plain);
+dispatcher!(dispatch_bf16, u32, bf16_avx512, bf16_plain);
 
 /// Defines a kernel in plain Rust; a word holds `$inputs_per_word` weights, and `$widen` gives one of them.
 macro_rules! plain_kernel {
@@ -316,10 +243,10 @@ mod x86 {
 
     /// Defines a kernel; `$load` turns the words at a place of a panel into registers, `$step` folds them in.
     macro_rules! kernel {
-        ($name:ident, $x:ty, $w:ty, $features:literal, |$acc:ident, $row:ident, $at:ident, $words:ident, $width:ident| $step:block) => {
-            #[target_feature(enable = $features)]
+        ($name:ident, $w:ty, |$acc:ident, $row:ident, $at:ident, $words:ident, $width:ident| $step:block) => {
+            #[target_feature(enable = "avx512f")]
             pub(super) unsafe fn $name<const M: usize, const P: usize>(
-                x: *const $x,
+                x: *const f32,
                 $width: usize,
                 w: *const $w,
                 panel_len: usize,
@@ -350,19 +277,19 @@ mod x86 {
         };
     }
 
-    kernel!(f32_avx512, f32, f32, "avx512f", |acc, row, at, words, width| {
+    kernel!(f32_avx512, f32, |acc, row, at, words, width| {
         let x = _mm512_set1_ps(*row.add(at));
         acc[0] = _mm512_fmadd_ps(x, _mm512_loadu_ps(words), acc[0]);
         acc[1] = _mm512_fmadd_ps(x, _mm512_loadu_ps(words.add(16)), acc[1]);
     });
 
-    kernel!(f16_avx512, f32, u16, "avx512f", |acc, row, at, words, width| {
+    kernel!(f16_avx512, u16, |acc, row, at, words, width| {
         let x = _mm512_set1_ps(*row.add(at));
         acc[0] = _mm512_fmadd_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256(words.cast())), acc[0]);
         acc[1] = _mm512_fmadd_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256(words.add(16).cast())), acc[1]);
     });
 
-    kernel!(bf16_avx512, f32, u32, "avx512f", |acc, row, at, words, width| {
+    kernel!(bf16_avx512, u32, |acc, row, at, words, width| {
         let low = |w: __m512i| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));
         let high = |w: __m512i| _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xFFFF_0000u32 as i32)));
         let (even, odd) = (_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast()));
@@ -374,18 +301,5 @@ mod x86 {
             acc[0] = _mm512_fmadd_ps(x, high(even), acc[0]);
             acc[1] = _mm512_fmadd_ps(x, high(odd), acc[1]);
         }
-    });
-
-    /// The bits of a register as the bf16 instructions name them.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn bf16(words: __m512i) -> __m512bh {
-        // SAFETY: both are 512 plain bits.
-        unsafe { std::mem::transmute(words) }
-    }
-
-    kernel!(pairs_avx512, u32, u32, "avx512f,avx512bf16", |acc, row, at, words, width| {
-        let x = bf16(_mm512_set1_epi32(*row.add(at) as i32));
-        acc[0] = _mm512_dpbf16_ps(acc[0], x, bf16(_mm512_loadu_si512(words.cast())));
-        acc[1] = _mm512_dpbf16_ps(acc[1], x, bf16(_mm512_loadu_si512(words.add(16).cast())));
     });
 }

@@ -39,7 +39,7 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix) -> Result<Tensor> {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
     let mut y = vec![0.0; tokens * w.outputs()];
-    with_f32(x, |x| kernel::matmul(&Rows::new(x, w), w, &mut y))?;
+    with_f32(x, |x| kernel::matmul(Rows::new(x, inputs), w, &mut y))?;
     Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
 }
 

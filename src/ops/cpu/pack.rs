@@ -1,7 +1,7 @@
 //! Weights in the order the kernels read them.
 //!
 //! A `[O, I]` matrix is cut into panels of [`NR`] outputs. Within a panel, input after input holds its NR
-//! weights side by side (bf16: pairs of inputs, as the dot-product instruction wants them), so that a kernel
+//! weights side by side (bf16: two inputs to a word, which widens to f32 by a shift or a mask), so that a kernel
 //! streams a panel front to back. The last panel is padded with zeros.
 
 use crate::ops::HostTensor;
