@@ -61,7 +61,7 @@ struct Args {
     #[arg(long, default_value_t = 256, value_name = "N")]
     max_queue: u32,
     /// Memory for the KV cache in GiB; without it, a quarter of what is free, at most 4
-    #[arg(long, value_name = "GB", value_parser = positive)]
+    #[arg(long, value_name = "GB", value_parser = positive, allow_negative_numbers = true)]
     kv_cache_gb: Option<f64>,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM
     #[arg(long, default_value_t = 30, value_name = "S")]

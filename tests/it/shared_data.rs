@@ -1,6 +1,6 @@
 //! Checks against text and checkpoints that lie outside the repository, in ../shared or where MOE_SHARED_DIR says.
 
-use crate::checkpoint::quiet;
+use crate::checkpoint::{Checkpoint, quiet};
 use crate::support::Runner;
 use moe_serve::engine::Text;
 use moe_serve::model::hub::{HubOptions, resolve};
@@ -106,5 +106,26 @@ fn mean_k_of_dynk_is_what_the_native_router_probabilities_say() {
             eprintln!("dynk:{tau},mass={mass}: mean k {mean_k:.3}, perplexity {perplexity:.2}");
             assert!((mean_k - want).abs() <= tolerance, "dynk:{tau},mass={mass}: mean k is {mean_k:.3}, not {want}");
         }
+    }
+}
+
+/// The configurations of real checkpoints, without their weights: all is understood up to the first tensor.
+#[test]
+fn configurations_of_real_checkpoints_are_understood() {
+    let Some(dir) = checkpoints() else { return };
+    let configs = dir.parent().unwrap().join("tokenizers");
+    for (file, shape) in [
+        ("mixtral-8x7b/config.json", "[32000, 4096]"),
+        ("olmoe-1b-7b/olmoe-1b-7b-0125-instruct.config.json", "[50304, 2048]"),
+        ("qwen/qwen1.5-moe-a2.7b.config.json", "[151936, 2048]"),
+        ("qwen/qwen3-30b-a3b.config.json", "[151936, 2048]"),
+    ] {
+        let mut checkpoint = Checkpoint::golden("mixtral_gqa");
+        checkpoint.config = serde_json::from_slice(&std::fs::read(configs.join(file)).unwrap()).unwrap();
+        checkpoint.tensors.retain(|name, _| name == "model.norm.weight");
+        let error = checkpoint.refusal();
+        let want =
+            format!("tensor `model.embed_tokens.weight` is missing from the checkpoint (expected shape {shape})");
+        assert_eq!(error, want, "{file}");
     }
 }
