@@ -8,10 +8,11 @@ use moe_serve::engine::{Engine, EngineConfig, Text};
 use moe_serve::model::hub::{HubOptions, bar_style, resolve};
 use moe_serve::model::{FAMILIES, LoadOptions, Loaded, load};
 use moe_serve::moe::Policy;
-use moe_serve::moe::router::ROUTERS;
+use moe_serve::moe::router::{ROUTERS, find};
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -91,8 +92,18 @@ fn router_help() -> String {
     help
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match serve(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(args: &Args) -> Result<()> {
+    find(&args.router)?;
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     let ansi = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
@@ -101,7 +112,7 @@ fn main() -> Result<()> {
     let address = format!("{}:{}", args.host, args.port);
     let listener =
         runtime.block_on(TcpListener::bind(&address)).with_context(|| format!("cannot listen on {address}"))?;
-    let engine = Arc::new(build(&args)?);
+    let engine = Arc::new(build(args)?);
     println!("address    http://{}  (POST /v1/completions)", listener.local_addr()?);
     let finished = runtime.block_on(run(listener, engine.clone(), Duration::from_secs(args.shutdown_timeout)))?;
     if !finished {
@@ -149,7 +160,7 @@ fn build(args: &Args) -> Result<Engine> {
     let max_positions = shape.max_positions;
     let engine = Engine::start(name, loaded, text, policy, config)?;
     println!("{model_lines}");
-    println!("router     {}: {}", args.router, engine.info().router);
+    println!("router     {}", engine.info().router);
     println!("memory     {} weights, {} KV cache", HumanBytes(weights), HumanBytes(engine.kv_bytes()));
     let len = engine.info().limits.max_model_len;
     let cut = if args.max_model_len.is_none() && len < max_positions {

@@ -35,7 +35,7 @@ pub trait Generate: Send + Sync {
 pub struct ModelInfo {
     /// Name that requests give.
     pub name: String,
-    /// The default router, in words.
+    /// The default router: its specification, and what it means in words.
     pub router: String,
     pub limits: Limits,
     /// Requests that can be unfinished at the same time.

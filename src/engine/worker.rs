@@ -48,7 +48,8 @@ impl Engine {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let limits = Limits { vocab: shape.vocab, max_model_len: kv.max_model_len };
         let unfinished_max = config.max_num_seqs + config.max_queue;
-        let info = ModelInfo { name, router: policy.describe(), limits, unfinished_max, created };
+        let router = format!("{}: {}", policy.spec(), policy.describe());
+        let info = ModelInfo { name, router, limits, unfinished_max, created };
         let moe = shape.moe;
         let (sender, receiver) = channel();
         let core = Core::new(loaded, text.clone(), &config, &kv, metrics.clone())?;

@@ -45,7 +45,9 @@ impl ApiError {
 
     /// 404
     pub(super) fn no_route() -> Self {
-        let message = "there is no such path; see /v1/completions, /v1/models, /health, /metrics, /version".into();
+        let message =
+            "there is no such path; see /v1/completions, /v1/models, /health, /metrics, /version (chat is not served)"
+                .into();
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", None, None, message)
     }
 

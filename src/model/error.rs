@@ -22,6 +22,10 @@ pub enum LoadError {
     TensorDtype { name: String, found: String },
     #[error("the checkpoint holds {count} tensors that config.json has no place for: {names}")]
     ExtraTensors { count: usize, names: String },
+    #[error(
+        "--max-model-len must be between 1 and {max_positions} (max_position_embeddings of the checkpoint); got {asked}"
+    )]
+    MaxModelLen { asked: usize, max_positions: usize },
     #[error("{0}")]
     Hub(String),
     #[error(transparent)]

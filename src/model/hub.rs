@@ -80,6 +80,9 @@ pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Resul
         }
         return collect(model, |name| Ok(Some(path.join(name)).filter(|p| p.is_file())));
     }
+    if path.is_file() {
+        return Err(LoadError::Hub(format!("--model {model} is a file; give the directory it is in")));
+    }
     if !is_hub_id(model) {
         return Err(LoadError::Hub(format!(
             "--model {model}: there is no such directory, and it is no hub id of the form organisation/name"
@@ -281,8 +284,8 @@ fn explain(model: &str, repo: &Repo, endpoint: &str, has_token: bool, error: &Ap
             "the hub refuses more requests for now (429) while fetching {model}; try again later or give HF_TOKEN"
         ),
         _ => format!(
-            "fetching {model} (revision {revision}) from {endpoint} failed: {error}; a download that broke off is resumed by \
-             the next start"
+            "there is no directory {model} here, and fetching it (revision {revision}) from {endpoint} failed: {error}; what \
+             was downloaded is kept, and the next start goes on from there"
         ),
     })
 }

@@ -57,8 +57,7 @@ pub fn load(
     let max_positions = config.int("max_position_embeddings", 1..=1 << 27)?;
     let max_model_len = options.max_model_len.unwrap_or(max_positions.min(DEFAULT_LEN_MAX));
     if max_model_len == 0 || max_model_len > max_positions {
-        let problem = format!("is {max_positions}, so --max-model-len must be between 1 and that; got {max_model_len}");
-        return Err(config.error("max_position_embeddings", problem));
+        return Err(LoadError::MaxModelLen { asked: max_model_len, max_positions });
     }
 
     let mut weights = Weights::open(&files.weights)?;

@@ -169,7 +169,7 @@ fn choices_that_do_not_fit_the_model_or_machine_are_refused_with_the_range() {
         (vec!["--router", "topk:9"], vec!["`topk:9`", "1", "8"]),
         (vec!["--router", "layers:1,2"], vec!["`layers:1,2`", "4"]),
         (vec!["--model", missing.to_str().unwrap()], vec!["missing", "no such directory"]),
-        (vec!["--model", file.to_str().unwrap()], vec!["Cargo.toml", "no such directory"]),
+        (vec!["--model", file.to_str().unwrap()], vec!["Cargo.toml", "is a file"]),
         (vec!["--model", empty], vec![empty, "config.json"]),
         (vec!["--model", ""], vec!["--model"]),
         (vec!["--model", "nobody/nothing", "--offline"], vec!["nobody/nothing", "--offline", "cache"]),

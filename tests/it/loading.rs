@@ -358,7 +358,10 @@ fn the_context_must_lie_within_the_positions_of_the_checkpoint() {
         load(&files(dir.path()), &options, |_, _| {})
     };
     for n in [0, 257, usize::MAX] {
-        assert_says(&with(n).map(drop).unwrap_err().to_string(), &["is 256", "--max-model-len", &format!("got {n}")]);
+        assert_says(
+            &with(n).map(drop).unwrap_err().to_string(),
+            &["between 1 and 256", "--max-model-len", &format!("got {n}")],
+        );
     }
     for n in [1, 256] {
         assert_eq!(with(n).unwrap().max_model_len, n);

@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 
 pub(super) const ENTRY: RouterEntry = RouterEntry {
     name: "dynk",
-    usage: "dynk:τ[,mass=native|full][,min=a][,max=b]",
+    usage: "dynk:τ[,mass=native|full][,min=a][,max=b] (max up to k0 with mass=native, up to E with mass=full)",
     summary: "dynamic: the fewest experts that gather a share τ of the mass, which is the native top-k0's \
               (mass=native, never costs more than native) or all experts' (mass=full, the literal rule, can cost more)",
     formula: "k = min{k : p(1)+…+p(k) ≥ τ·m}, m = p(1)+…+p(k0) for mass=native, 1 for mass=full",

@@ -60,6 +60,17 @@ type Parse = fn(&mut SpecArgs<'_>, &MoeShape) -> Result<Box<dyn Router>, SpecErr
 pub static ROUTERS: &[RouterEntry] =
     &[native::ENTRY, topk::ENTRY, layers::ENTRY, dynk::ENTRY, ratio::ENTRY, threshold::ENTRY, uniform::ENTRY];
 
+/// The line of the table that `spec` names: what can be said of it before there is a model.
+///
+/// # Errors
+/// A name that no router has.
+pub fn find(spec: &RouterSpec) -> Result<&'static RouterEntry, SpecError> {
+    ROUTERS.iter().find(|entry| entry.name == spec.name).ok_or_else(|| {
+        let names: Vec<&str> = ROUTERS.iter().map(|entry| entry.name).collect();
+        spec.error(format!("there is no such router; there are {}", names.join(", ")))
+    })
+}
+
 /// What a chosen expert's output is multiplied by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Weights {
@@ -107,10 +118,7 @@ impl Policy {
     /// # Errors
     /// Unknown router or option, or a value out of range; the message holds the range and an example.
     pub fn build(spec: &RouterSpec, shape: &MoeShape) -> Result<Self, SpecError> {
-        let Some(entry) = ROUTERS.iter().find(|entry| entry.name == spec.name) else {
-            let names: Vec<&str> = ROUTERS.iter().map(|entry| entry.name).collect();
-            return Err(spec.error(format!("there is no such router; there are {}", names.join(", "))));
-        };
+        let entry = find(spec)?;
         let mut args = SpecArgs::new(spec, entry);
         let weights = args.option_of("weights", Weights::NAMES)?.unwrap_or_default();
         let router = (entry.parse)(&mut args, shape)?;
