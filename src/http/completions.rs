@@ -30,7 +30,14 @@ pub(super) async fn create(State(generate): App, body: Result<Bytes, BytesReject
     let head = Head::new(generate.info());
     // A long prompt takes milliseconds to read and encode: not on a thread that serves sockets.
     let prepared = match PREPARING.acquire().await {
-        Ok(_permit) => tokio::task::spawn_blocking(move || Submitted::new(generate.as_ref(), &body)).await,
+        // The work holds the permit, not this future: a client that leaves ends the future, not the work.
+        Ok(permit) => {
+            let prepare = move || {
+                let _permit = permit;
+                Submitted::new(generate.as_ref(), &body)
+            };
+            tokio::task::spawn_blocking(prepare).await
+        }
         Err(_) => return Err(ApiError::unavailable("the server is shutting down")),
     };
     let submitted = prepared.map_err(|e| ApiError::engine(format!("the request could not be prepared: {e}")))??;
