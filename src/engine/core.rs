@@ -93,15 +93,15 @@ impl KvPlan {
         let each = loaded.max_model_len.div_ceil(BLOCK_SIZE);
         let blocks = ((bytes / block_bytes) as usize).min(each * config.max_num_seqs);
         let held = blocks * BLOCK_SIZE;
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         if held < 2 || (held < loaded.max_model_len && !config.cut_context) {
             return Err(StartError::KvTooSmall {
                 kv_mib: bytes >> 20,
                 held,
                 wanted: loaded.max_model_len,
-                needed_gb: (each as u64 * block_bytes) as f64 / f64::from(1 << 30),
+                needed_gb: gib(each as u64 * block_bytes),
             });
         }
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let taken = blocks as u64 * block_bytes;
         if taken > free {
             return Err(StartError::KvTooLarge { asked_gb: gib(taken), free_gb: gib(free) });

@@ -156,6 +156,11 @@ const WIDTH_MAX: usize = 1 << 20;
 const LAYERS_MAX: usize = 1 << 12;
 pub(super) const EXPERTS_MAX: usize = 1 << 14;
 
+/// Positions the model is defined for.
+pub(super) fn max_positions(config: &mut Config) -> Result<usize, LoadError> {
+    config.int("max_position_embeddings", 1..=1 << 27)
+}
+
 /// A width of the model.
 pub(super) fn width(config: &mut Config, field: &'static str) -> Result<usize, LoadError> {
     config.int(field, 1..=WIDTH_MAX)
@@ -210,7 +215,7 @@ impl Base {
                 config.error("head_dim", format!("rotary embeddings need an even head dimension; got {head_dim}"))
             );
         }
-        let max_positions = config.int("max_position_embeddings", 1..=1 << 27)?;
+        let max_positions = max_positions(config)?;
         Ok(Self {
             vocab: config.int("vocab_size", 1..=1 << 24)?,
             hidden,

@@ -1,6 +1,6 @@
 //! From files to a model: config.json decides the family, the family takes its tensors, nothing may be left over.
 
-use super::config::Config;
+use super::config::{Config, max_positions};
 use super::hub::Files;
 use super::{CausalLm, FAMILIES, LoadError, Loader, Weights};
 use crate::ops::Backend;
@@ -54,7 +54,7 @@ pub fn load(
         let supported: Vec<&str> = FAMILIES.iter().map(|f| f.model_type).collect();
         return Err(LoadError::Family { found: model_type, supported: supported.join(", ") });
     };
-    let max_positions = config.int("max_position_embeddings", 1..=1 << 27)?;
+    let max_positions = max_positions(&mut config)?;
     let max_model_len = options.max_model_len.unwrap_or(max_positions.min(DEFAULT_LEN_MAX));
     if max_model_len == 0 || max_model_len > max_positions {
         return Err(LoadError::MaxModelLen { asked: max_model_len, max_positions });

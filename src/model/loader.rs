@@ -23,7 +23,6 @@ pub(super) struct AttentionPlan {
     pub o_bias: bool,
     pub qk_norm: QkNorm,
     pub clip: Option<f64>,
-    pub window: Option<usize>,
 }
 
 #[derive(Clone, Copy, Default, PartialEq)]
@@ -103,7 +102,13 @@ impl Loader<'_> {
         Ok(MoeLayer { index, gate, experts, shared })
     }
 
-    fn attention(&mut self, layer: usize, base: &Base, plan: AttentionPlan) -> Result<Attention, LoadError> {
+    fn attention(
+        &mut self,
+        layer: usize,
+        base: &Base,
+        plan: AttentionPlan,
+        window: Option<usize>,
+    ) -> Result<Attention, LoadError> {
         let a = base.attention;
         let prefix = format!("model.layers.{layer}.self_attn");
         let (q_width, kv_width) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
@@ -127,18 +132,18 @@ impl Loader<'_> {
             q_norm,
             k_norm,
             clip: plan.clip,
-            window: plan.window,
+            window,
         })
     }
 
     /// The whole decoder: `shape` says which layers are mixtures (under `moe_name`, experts' matrices called
-    /// `names`) and which are dense; `plan` gives each layer's attention.
+    /// `names`) and which are dense; `plan` is every layer's attention.
     pub(super) fn decoder(
         &mut self,
         base: &Base,
         shape: ModelShape,
         (moe_name, names): (&str, SwigluNames),
-        plan: impl Fn(usize) -> AttentionPlan,
+        plan: AttentionPlan,
     ) -> Result<CausalLm, LoadError> {
         let table = Arc::new(self.linear("model.embed_tokens", base.vocab, base.hidden, false)?);
         let mut layers = Vec::with_capacity(base.layers);
@@ -156,7 +161,7 @@ impl Loader<'_> {
             };
             layers.push(DecoderLayer {
                 attention_norm: self.norm(&format!("{prefix}.input_layernorm"), base.hidden, base.eps)?,
-                attention: self.attention(i, base, AttentionPlan { window: layer.sliding_window, ..plan(i) })?,
+                attention: self.attention(i, base, plan, layer.sliding_window)?,
                 ffn_norm: self.norm(&format!("{prefix}.post_attention_layernorm"), base.hidden, base.eps)?,
                 ffn,
             });

@@ -24,5 +24,5 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     };
     let sliding_window = config.opt_int("sliding_window", 1..=usize::MAX)?;
     let layers = vec![LayerShape { sliding_window, ffn: FfnShape::Moe }; base.layers];
-    loader.decoder(&base, base.shape(layers, moe), ("block_sparse_moe", NAMES), |_| AttentionPlan::default())
+    loader.decoder(&base, base.shape(layers, moe), ("block_sparse_moe", NAMES), AttentionPlan::default())
 }

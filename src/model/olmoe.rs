@@ -21,7 +21,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     };
     let bias = config.opt_bool("attention_bias")?.unwrap_or(false);
     let clip = config.opt_positive("clip_qkv")?;
-    let plan = AttentionPlan { qkv_bias: bias, o_bias: bias, qk_norm: QkNorm::Full, clip, window: None };
+    let plan = AttentionPlan { qkv_bias: bias, o_bias: bias, qk_norm: QkNorm::Full, clip };
     let layers = vec![LayerShape { sliding_window: None, ffn: FfnShape::Moe }; base.layers];
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), |_| plan)
+    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
 }

@@ -29,7 +29,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     let layers =
         ffns.into_iter().zip(windows).map(|(ffn, sliding_window)| LayerShape { sliding_window, ffn }).collect();
     let plan = AttentionPlan { qkv_bias, ..Default::default() };
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), |_| plan)
+    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
 }
 
 /// The window of every layer: as `layer_types` says, or by transformers' rule for files without it, where of the

@@ -28,7 +28,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     config.get("max_window_layers");
     let layers = ffns.into_iter().map(|ffn| LayerShape { sliding_window: window, ffn }).collect();
     let plan = AttentionPlan { qkv_bias: bias, o_bias: bias, qk_norm: QkNorm::PerHead, ..Default::default() };
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), |_| plan)
+    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
 }
 
 /// Layer i is a mixture iff it is not listed in `mlp_only_layers` and i + 1 is a multiple of

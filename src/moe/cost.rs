@@ -67,11 +67,10 @@ impl CostModel {
     }
 }
 
-/// Expert weights read in one step, in (layer, expert) pairs and bytes, beside native routing's.
+/// Expert weights read in one step: (layer, expert) pairs, and bytes beside native routing's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExpertReads {
     pub ran: u64,
-    pub native: u64,
     pub bytes_ran: u64,
     pub bytes_native: u64,
 }
@@ -80,7 +79,7 @@ impl ExpertReads {
     /// Reads of a step whose weights take `expert_bytes` per expert.
     pub fn of(trace: &StepTrace, expert_bytes: u64) -> Self {
         let (ran, native) = (trace.unique_experts, trace.unique_experts_native);
-        Self { ran, native, bytes_ran: ran * expert_bytes, bytes_native: native * expert_bytes }
+        Self { ran, bytes_ran: ran * expert_bytes, bytes_native: native * expert_bytes }
     }
 }
 

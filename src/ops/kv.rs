@@ -141,9 +141,8 @@ pub fn attention(
 ) -> Result<Tensor> {
     match &mut kv.inner {
         Inner::Cpu(store) => {
-            let (q_host, k_host, v_host) = (cpu::host_f32(q)?, cpu::host_f32(k)?, cpu::host_f32(v)?);
-            store.write(layer, &k_host, &v_host, step);
-            let out = store.attend(layer, &q_host, step, window);
+            cpu::with_f32(k, |k| cpu::with_f32(v, |v| store.write(layer, k, v, step)))??;
+            let out = cpu::with_f32(q, |q| store.attend(layer, q, step, window))?;
             Tensor::from_vec(out, q.shape(), q.device())
         }
         #[cfg(feature = "cuda")]

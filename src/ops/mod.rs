@@ -18,6 +18,8 @@ mod linear;
 mod norm;
 pub mod reference;
 mod rotary;
+#[cfg(test)]
+mod testing;
 
 pub use backend::{Backend, BackendError};
 pub use experts::{Experts, ExpertsBuilder, Swiglu};

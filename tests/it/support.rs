@@ -1,6 +1,6 @@
 //! What several test modules need.
 
-use indicatif::{MultiProgress, ProgressDrawTarget};
+use crate::checkpoint::quiet;
 use moe_serve::engine::{Engine, EngineConfig, Text};
 use moe_serve::model::hub::{Files, HubOptions, resolve};
 use moe_serve::model::{CausalLm, LoadError, LoadOptions, Loaded, StepInput, load};
@@ -32,8 +32,7 @@ pub fn files(dir: &Path) -> Files {
 
 /// The files of the checkpoint that comes with the source.
 pub fn bundled_files() -> Files {
-    let bars = MultiProgress::with_draw_target(ProgressDrawTarget::hidden());
-    resolve(repo("models/stories-mixtral").to_str().unwrap(), &HubOptions::default(), &bars).unwrap()
+    resolve(repo("models/stories-mixtral").to_str().unwrap(), &HubOptions::default(), &quiet()).unwrap()
 }
 
 pub fn try_load(dir: &Path, dtype: DtypeChoice) -> Result<Loaded, LoadError> {

@@ -24,7 +24,7 @@ pub(super) fn host_f32(x: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Lends the elements of a contiguous f32 CPU tensor.
-fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+pub(super) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),

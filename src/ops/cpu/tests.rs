@@ -1,78 +1,20 @@
 //! Every kernel against the reference, over ragged shapes.
 
 use super::*;
-use crate::moe::{Routing, RoutingBuilder};
-use crate::ops::{
-    Backend, Experts, ExpertsBuilder, HostTensor, KvCache, KvShape, Linear, RmsNorm, Segment, StepLayout, Swiglu,
-};
+use crate::ops::testing::{assert_close, exact, experts_of, numbers, routed, weights};
+use crate::ops::{Backend, HostTensor, KvCache, KvShape, Linear, RmsNorm, Segment, StepLayout, Swiglu};
 use crate::ops::{attention as attend, reference};
 use crate::types::BlockId;
 use candle_core::DType;
 use proptest::prelude::*;
-
-/// Reproducible numbers in ±1.
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-/// Numbers that bf16 and f16 hold exactly, so that one reference serves every dtype.
-fn exact(seed: u64, n: usize) -> Vec<f32> {
-    numbers(seed, n).into_iter().map(|x| (x * 64.0).round() / 64.0).collect()
-}
 
 fn tensor(values: Vec<f32>, rows: usize) -> Tensor {
     let width = values.len() / rows.max(1);
     Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
 }
 
-fn assert_close(got: &[f32], want: &[f32], tolerance: f32) {
-    assert_eq!(got.len(), want.len());
-    let scale = want.iter().fold(1.0f32, |m, w| m.max(w.abs()));
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= tolerance * scale, "element {i}: {g} is not {w} (scale {scale})");
-    }
-}
-
 fn dtypes() -> impl Strategy<Value = DType> {
     prop_oneof![Just(DType::F32), Just(DType::BF16), Just(DType::F16)]
-}
-
-fn weights(seed: u64, rows: usize, columns: usize) -> HostTensor {
-    HostTensor::from_f32(&[rows, columns], &exact(seed, rows * columns))
-}
-
-/// Routes token t to the experts of bit mask `masks[t]`.
-fn routed(masks: &[u8], experts: usize) -> Routing {
-    let mut builder = RoutingBuilder::new(masks.len(), experts);
-    for (t, mask) in masks.iter().enumerate() {
-        let chosen: Vec<u16> = (0..experts as u16).filter(|e| mask >> e & 1 == 1).collect();
-        builder.choose(t, &chosen);
-        builder.weigh(t).iter_mut().enumerate().for_each(|(i, slot)| slot.1 = 0.25 + 0.5 * i as f32);
-    }
-    builder.finish(masks.len()).unwrap()
-}
-
-fn packed_experts(
-    seed: u64,
-    e: usize,
-    d: usize,
-    f: usize,
-    backend: &Backend,
-) -> (Experts, Vec<reference::ExpertWeights>) {
-    let mut builder = ExpertsBuilder::new(e, backend);
-    let mut plain = Vec::new();
-    for i in 0..e as u64 {
-        let (gate, up, down) =
-            (weights(seed + 3 * i, f, d), weights(seed + 3 * i + 1, f, d), weights(seed + 3 * i + 2, d, f));
-        builder.push(&gate, &up, &down).unwrap();
-        plain.push((gate.to_f32(), up.to_f32(), down.to_f32()));
-    }
-    (builder.finish().unwrap(), plain)
 }
 
 proptest! {
@@ -121,7 +63,7 @@ proptest! {
     fn grouped_experts_agree_with_the_reference(
         masks in proptest::collection::vec(1u8..32, 1..20), d in 1usize..70, f in 1usize..70, dtype in dtypes(), seed in 0u64..1000
     ) {
-        let (experts, plain) = packed_experts(seed, 5, d, f, &Backend::cpu(dtype));
+        let (experts, plain) = experts_of(seed, 5, d, f, &Backend::cpu(dtype));
         let x = exact(seed + 99, masks.len() * d);
         let routing = routed(&masks, 5);
         let y = experts.forward(&tensor(x.clone(), masks.len()), &routing).unwrap();
@@ -201,7 +143,7 @@ fn check_attention(
 fn grouped_experts_handle_one_row_and_all_rows_on_one_expert() {
     let backend = Backend::cpu(DType::F32);
     for masks in [vec![0b100u8], vec![0b010; 50], vec![0b111; 3]] {
-        let (experts, plain) = packed_experts(1, 3, 33, 65, &backend);
+        let (experts, plain) = experts_of(1, 3, 33, 65, &backend);
         let x = exact(5, masks.len() * 33);
         let routing = routed(&masks, 3);
         let y = experts.forward(&tensor(x.clone(), masks.len()), &routing).unwrap();

@@ -1,9 +1,9 @@
 //! Every kernel against the reference or the CPU backend; skipped, loudly, where there is no device.
 
-use crate::moe::{Routing, RoutingBuilder};
+use crate::ops::testing::{exact, experts_of, routed, weights};
 use crate::ops::{
-    Backend, Embedding, Experts, ExpertsBuilder, HostTensor, KvCache, KvShape, Linear, RmsNorm, Rotary, Segment,
-    StepLayout, Swiglu, attention, reference, to_host,
+    Backend, Embedding, HostTensor, KvCache, KvShape, Linear, RmsNorm, Rotary, Segment, StepLayout, Swiglu, attention,
+    reference, testing, to_host,
 };
 use crate::types::{BlockId, DeviceChoice, DtypeChoice};
 use candle_core::{DType, Tensor};
@@ -29,20 +29,6 @@ fn backends() -> Vec<Backend> {
     backends
 }
 
-/// Reproducible numbers in ±1 that every dtype holds exactly, so that one reference serves all.
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(2).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0) * 64.0).round() / 64.0
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-fn weights(seed: u64, rows: usize, columns: usize) -> HostTensor {
-    HostTensor::from_f32(&[rows, columns], &numbers(seed, rows * columns))
-}
-
 /// `[rows, width]` on the backend, in its dtype.
 fn tensor(values: &[f32], rows: usize, backend: &Backend) -> Tensor {
     HostTensor::from_f32(&[rows, values.len() / rows], values).to_tensor(backend.dtype(), backend.device()).unwrap()
@@ -58,41 +44,14 @@ fn tolerance(backend: &Backend) -> f32 {
 }
 
 fn assert_close(got: &Tensor, want: &[f32], tolerance: f32) {
-    let got = to_host(got).unwrap();
-    assert_eq!(got.len(), want.len());
-    let scale = want.iter().fold(1.0f32, |m, w| m.max(w.abs()));
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        assert!((g - w).abs() <= tolerance * scale, "element {i}: {g} is not {w} (scale {scale})");
-    }
-}
-
-/// Routes token t to the experts of bit mask `masks[t]`.
-fn routed(masks: &[u8], experts: usize) -> Routing {
-    let mut builder = RoutingBuilder::new(masks.len(), experts);
-    for (t, mask) in masks.iter().enumerate() {
-        let chosen: Vec<u16> = (0..experts as u16).filter(|e| mask >> e & 1 == 1).collect();
-        builder.choose(t, &chosen);
-        builder.weigh(t).iter_mut().enumerate().for_each(|(i, slot)| slot.1 = 0.25 + 0.5 * i as f32);
-    }
-    builder.finish(masks.len()).unwrap()
-}
-
-fn experts(e: usize, d: usize, f: usize, backend: &Backend) -> (Experts, Vec<reference::ExpertWeights>) {
-    let mut builder = ExpertsBuilder::new(e, backend);
-    let mut plain = Vec::new();
-    for i in 0..e as u64 {
-        let (gate, up, down) = (weights(3 * i, f, d), weights(3 * i + 1, f, d), weights(3 * i + 2, d, f));
-        builder.push(&gate, &up, &down).unwrap();
-        plain.push((gate.to_f32(), up.to_f32(), down.to_f32()));
-    }
-    (builder.finish().unwrap(), plain)
+    testing::assert_close(&to_host(got).unwrap(), want, tolerance);
 }
 
 #[test]
 fn linear_agrees_with_the_reference() {
     for backend in backends() {
         for (t, i, o) in [(1, 64, 1), (5, 70, 33), (130, 256, 512)] {
-            let (w, bias, x) = (weights(1, o, i), numbers(2, o), numbers(3, t * i));
+            let (w, bias, x) = (weights(1, o, i), exact(2, o), exact(3, t * i));
             let bias_host = HostTensor::from_f32(&[o], &bias);
             let y = Linear::new(&w, Some(&bias_host), &backend).unwrap().forward(&tensor(&x, t, &backend)).unwrap();
             let product = reference::linear(&x, &w.to_f32(), i, o);
@@ -126,8 +85,8 @@ fn experts_agree_with_the_reference() {
         for (d, f) in [(64, 96), (40, 24), (20, 12)] {
             // No rows for the third expert; one row in all; all rows on one; experts of more than a tile of rows.
             for masks in [&ragged[..], &[0b00100], &[0b00010; 40], &[0b11111; 70]] {
-                let (experts, plain) = experts(5, d, f, &backend);
-                let x = numbers(99, masks.len() * d);
+                let (experts, plain) = experts_of(0, 5, d, f, &backend);
+                let x = exact(99, masks.len() * d);
                 let routing = routed(masks, 5);
                 let y = experts.forward(&tensor(&x, masks.len(), &backend), &routing).unwrap();
                 assert_eq!(y.dtype(), backend.dtype());
@@ -142,8 +101,8 @@ fn a_token_has_the_same_experts_sum_in_any_step() {
     // In f32 the products are cuBLAS's, which promises no such thing.
     for backend in backends().into_iter().filter(|b| b.dtype() != DType::F32) {
         let (d, masks) = (64, [0b0111u8, 0b1000, 0b1111, 0b0101].repeat(20));
-        let (experts, _) = experts(4, d, 96, &backend);
-        let x = numbers(5, masks.len() * d);
+        let (experts, _) = experts_of(0, 4, d, 96, &backend);
+        let x = exact(5, masks.len() * d);
         let together =
             to_host(&experts.forward(&tensor(&x, masks.len(), &backend), &routed(&masks, 4)).unwrap()).unwrap();
         for t in [0, 1, 2, 3, 79] {
@@ -159,7 +118,7 @@ fn dense_swiglu_agrees_with_the_reference() {
     for backend in backends() {
         let (t, d, f) = (37, 48, 72);
         let (gate, up, down) = (weights(1, f, d), weights(2, f, d), weights(3, d, f));
-        let x = numbers(4, t * d);
+        let x = exact(4, t * d);
         let y = Swiglu::new(&gate, &up, &down, &backend).unwrap().forward(&tensor(&x, t, &backend)).unwrap();
         let want = reference::swiglu(&x, &gate.to_f32(), &up.to_f32(), &down.to_f32(), d, f);
         assert_close(&y, &want, tolerance(&backend));
@@ -170,7 +129,7 @@ fn dense_swiglu_agrees_with_the_reference() {
 fn norms_agree_with_the_reference_on_rows_and_heads() {
     for backend in backends() {
         for (rows, heads, width) in [(3, 1, 100), (5, 4, 24), (1, 1, 1), (2, 1, 2048)] {
-            let (x, weight) = (numbers(1, rows * heads * width), numbers(2, width));
+            let (x, weight) = (exact(1, rows * heads * width), exact(2, width));
             let norm = RmsNorm::new(&HostTensor::from_f32(&[width], &weight), 1e-6, &backend).unwrap();
             let y = norm.forward(&tensor(&x, rows, &backend)).unwrap();
             assert_close(&y, &reference::rms_norm(&x, &weight, 1e-6), tolerance(&backend));
@@ -181,7 +140,7 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
 #[test]
 fn kernels_take_views_of_tensors() {
     for backend in backends() {
-        let (x, weight) = (numbers(1, 6 * 11), numbers(2, 11));
+        let (x, weight) = (exact(1, 6 * 11), exact(2, 11));
         let norm = RmsNorm::new(&HostTensor::from_f32(&[11], &weight), 1e-6, &backend).unwrap();
         let y = norm.forward(&tensor(&x, 6, &backend).narrow(0, 3, 2).unwrap()).unwrap();
         assert_close(&y, &reference::rms_norm(&x[33..55], &weight, 1e-6), tolerance(&backend));
@@ -203,7 +162,7 @@ fn segment(start: usize, len: usize, last: u32, block_size: usize) -> Segment {
 fn rotary_agrees_with_the_cpu() {
     for backend in backends() {
         let inv_freq: Vec<f32> = (0..12).map(|i| 10_000f32.powf(-i as f32 / 12.0)).collect();
-        let x = numbers(1, 7 * 3 * 24);
+        let x = exact(1, 7 * 3 * 24);
         let run = |backend: &Backend| {
             let shape = KvShape { layers: 1, blocks: 300, block_size: 4, kv_heads: 1, head_dim: 24 };
             let kv = KvCache::new(shape, backend).unwrap();
@@ -243,7 +202,7 @@ impl Case {
         for (i, &len) in self.lens.iter().enumerate() {
             last += blocks_of(len);
             let (seed, n) = (10 * i as u64, len.0 + len.1);
-            let qkv = (numbers(seed, n * q_width), numbers(seed + 1, n * kv_width), numbers(seed + 2, n * kv_width));
+            let qkv = (exact(seed, n * q_width), exact(seed + 1, n * kv_width), exact(seed + 2, n * kv_width));
             sequences.push((last - 1, len, qkv));
         }
         let mut forward = |parts: &[(usize, usize, usize)]| {
