@@ -151,7 +151,8 @@ fn step(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new(router, batch), |b| {
                 b.iter(|| {
                     let mut routes = RouteCtx::new(shape.moe, &policies, &tokens);
-                    model.forward(&input, &mut kv, &mut routes).expect("runs")
+                    let hidden = model.forward(&input, &mut kv, &mut routes).expect("runs").expect("rows");
+                    model.logits(&hidden, 0, batch).expect("runs")
                 });
             });
         }

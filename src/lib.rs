@@ -18,19 +18,22 @@
 //! | where does a family differ? | [`model`]: one file per family, one line each in `FAMILIES` |
 //! | which kernel runs? | [`ops`]: the CPU/CUDA seam |
 //! | what happens in a step? | `engine/core.rs` |
+//! | how do messages become a prompt? | [`chat`]: the checkpoint's own template |
 //! | what does the API accept? | [`wire`] for the JSON, [`types::GenerateRequest::check`] for the limits |
 //!
 //! # Arrows (→ imports; everyone may import `types`)
 //!
-//! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire`. The type `moe::Routing` is
+//! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire, chat, telemetry`. The type `moe::Routing` is
 //! what `ops` computes by: the one arrow back. `tests/it/tidy.rs` checks them.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod chat;
 pub mod engine;
 pub mod http;
 pub mod model;
 pub mod moe;
 pub mod ops;
 pub mod sched;
+pub mod telemetry;
 pub mod types;
 pub mod wire;

@@ -3,20 +3,23 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{HumanBytes, HumanCount, MultiProgress, ProgressBar};
+use moe_serve::chat::ChatTemplates;
 use moe_serve::engine::api::Generate;
-use moe_serve::engine::{Engine, EngineConfig, Text};
-use moe_serve::model::hub::{HubOptions, bar_style, resolve};
+use moe_serve::engine::{Engine, EngineConfig, KvSize, RequestRouters, Text};
+use moe_serve::http::{ApiKeys, Service, ServiceOptions, Switch, Tls, Transport, app, cors, wrap};
+use moe_serve::model::hub::{Files, HubOptions, bar_style, resolve};
 use moe_serve::model::{FAMILIES, LoadOptions, Loaded, load};
 use moe_serve::moe::Policy;
 use moe_serve::moe::router::{ROUTERS, find};
+use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 
 /// Serve a pretrained Mixture-of-Experts checkpoint with a dynamic router over the OpenAI API.
 #[derive(Parser, Debug)]
@@ -64,6 +67,46 @@ struct Args {
     /// Memory for the KV cache in GiB; without it, a quarter of what is free, at most 4
     #[arg(long, value_name = "GB", value_parser = positive, allow_negative_numbers = true)]
     kv_cache_gb: Option<f64>,
+    /// KV cache in blocks of 16 positions, instead of --kv-cache-gb
+    #[arg(long, value_name = "N", conflicts_with = "kv_cache_gb", value_parser = clap::value_parser!(u32).range(1..))]
+    num_blocks: Option<u32>,
+    /// Compute every prompt anew, also where an earlier one began alike
+    #[arg(long)]
+    no_prefix_cache: bool,
+    /// Let requests choose their router: all, or those named
+    #[arg(long, value_name = "NAME,…", num_args = 0.., value_delimiter = ',', value_parser = router_name)]
+    allow_request_router: Option<Vec<String>>,
+    /// Most experts per token that a request's router may use; without it, the checkpoint's own number
+    #[arg(long, value_name = "K", requires = "allow_request_router")]
+    request_experts_max: Option<u32>,
+    /// Let requests ask for the experts used per token and layer
+    #[arg(long)]
+    allow_moe_trace: bool,
+    /// Jinja template that turns chat messages into prompts, instead of the checkpoint's own
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// Key that requests must send as `Authorization: Bearer KEY`; can be given several times
+    #[arg(long, value_name = "KEY", env = "MOE_SERVE_API_KEY", hide_env_values = true)]
+    api_key: Vec<String>,
+    /// File with such keys, one per line
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Web origin (https://app.example) whose pages may use the API, or *; can be given several times
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<String>,
+    /// Certificate chain in PEM: serve HTTPS
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key in PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// How lines of the log look: text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+    /// OpenTelemetry collector (http://host:4318) that gets a trace of every request
+    #[cfg(feature = "otel")]
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
     /// Seconds that running requests get to finish after Ctrl-C or SIGTERM
     #[arg(long, default_value_t = 30, value_name = "S")]
     shutdown_timeout: u64,
@@ -74,6 +117,22 @@ fn positive(text: &str) -> Result<f64, String> {
         Ok(x) if x > 0.0 && x.is_finite() => Ok(x),
         _ => Err("must be a number above 0".into()),
     }
+}
+
+fn router_name(text: &str) -> Result<String, String> {
+    let named = ROUTERS.iter().find(|r| r.name == text);
+    let names = || ROUTERS.iter().map(|r| r.name).collect::<Vec<_>>().join(", ");
+    named.map(|r| r.name.to_string()).ok_or_else(|| format!("there is no such router; there are {}", names()))
+}
+
+fn kv_size(args: &Args) -> Option<KvSize> {
+    let bytes = args.kv_cache_gb.map(|gb| KvSize::Bytes((gb * f64::from(1 << 30)) as u64));
+    bytes.or(args.num_blocks.map(|n| KvSize::Blocks(n as usize)))
+}
+
+fn request_routers(args: &Args) -> Option<RequestRouters> {
+    let names = args.allow_request_router.clone()?;
+    Some(RequestRouters { names, experts_max: args.request_experts_max.map(|k| k as usize) })
 }
 
 fn router_help() -> String {
@@ -104,33 +163,95 @@ fn main() -> ExitCode {
 
 fn serve(args: &Args) -> Result<()> {
     find(&args.router)?;
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
+    let end_telemetry = start_telemetry(args)?;
+    // What can be wrong without a model is found before it is loaded.
+    let keys = ApiKeys::gather(&args.api_key, args.api_key_file.as_deref())?;
+    let cors = cors(&args.cors_origin)?;
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(cert), Some(key)) => Some(Tls::read(cert, key)?),
+        _ => None,
+    };
+    let scheme = if tls.is_some() { "https" } else { "http" };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    // Bound first: a taken port should not be found after minutes of loading.
     let address = format!("{}:{}", args.host, args.port);
     let listener =
         runtime.block_on(TcpListener::bind(&address)).with_context(|| format!("cannot listen on {address}"))?;
-    let engine = Arc::new(build(args)?);
-    println!("address    http://{}  (POST /v1/completions)", listener.local_addr()?);
-    let finished = runtime.block_on(run(listener, engine.clone(), Duration::from_secs(args.shutdown_timeout)))?;
+    let address = listener.local_addr()?;
+    // Answers from now on, at first that the model is being loaded.
+    let switch = Switch::new();
+    let routes = wrap(switch.router(), keys, cors);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let transport = Transport { tls, ..Default::default() };
+    let server = runtime.spawn(moe_serve::http::serve(listener, routes, transport, async {
+        let _ = stopped.await;
+    }));
+    let loading = runtime.spawn(exit_on_signal());
+    let (engine, chat) = build(args)?;
+    let engine = Arc::new(engine);
+    let options = ServiceOptions { moe_trace: args.allow_moe_trace };
+    switch.open(app(Service { generate: engine.clone(), chat, options }));
+    loading.abort();
+    println!("address    {scheme}://{address}  (POST /v1/completions, /v1/chat/completions; a playground at /)");
+    let finished = runtime.block_on(drained(&engine, &switch, Duration::from_secs(args.shutdown_timeout)))?;
+    let _ = stop.send(());
+    if finished {
+        // Connections whose answers are out.
+        let _ = runtime.block_on(async { tokio::time::timeout(CLOSE_TIMEOUT, server).await });
+        engine.stop();
+    }
+    end_telemetry();
     if !finished {
         // The engine may be in the middle of a long step, which no one waits for any more.
         std::process::exit(0);
     }
-    engine.stop();
     Ok(())
 }
 
+/// Time that connections have to close once all answers are out.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Before there is an engine there is nothing to finish.
+async fn exit_on_signal() {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tracing::info!("ended while the model was being loaded");
+    std::process::exit(0);
+}
+
+/// Starts the log, and traces if there is a collector; what it gives sends the last of them.
+#[cfg(feature = "otel")]
+fn start_telemetry(args: &Args) -> Result<impl FnOnce()> {
+    let traces = args.otlp_endpoint.as_deref().map(moe_serve::telemetry::otel::Traces::start).transpose()?;
+    init(args.log_format, traces.as_ref().map(|traces| traces.layer()))?;
+    Ok(move || {
+        if let Some(traces) = traces {
+            traces.stop();
+        }
+    })
+}
+
+/// Starts the log; without the feature `otel` there are no traces to end.
+#[cfg(not(feature = "otel"))]
+fn start_telemetry(args: &Args) -> Result<impl FnOnce()> {
+    init(args.log_format, None)?;
+    Ok(|| {})
+}
+
 /// Loads the model, starts the engine, and says what is served.
-fn build(args: &Args) -> Result<Engine> {
+fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
     let model = args.model.clone().map_or_else(bundled, Ok)?;
     let started = Instant::now();
     let bars = MultiProgress::new();
     let mut hub = HubOptions { revision: args.revision.clone(), ..HubOptions::from_env() };
     hub.offline |= args.offline;
     let files = resolve(&model, &hub, &bars)?;
+    let chat = chat_templates(args, &files)?;
     let options = LoadOptions { dtype: args.dtype, device: args.device, max_model_len: args.max_model_len };
     let bar = bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));
     let loaded = load(&files, &options, {
@@ -152,7 +273,9 @@ fn build(args: &Args) -> Result<Engine> {
         max_num_seqs: args.max_num_seqs as usize,
         max_batched_tokens: args.max_batched_tokens as usize,
         max_queue: args.max_queue as usize,
-        kv_bytes: args.kv_cache_gb.map(|gb| (gb * f64::from(1 << 30)) as u64),
+        kv_size: kv_size(args),
+        prefix_cache: !args.no_prefix_cache,
+        request_routers: request_routers(args),
         cut_context: args.max_model_len.is_none(),
     };
     let weights = loaded.model.bytes() as u64;
@@ -160,7 +283,7 @@ fn build(args: &Args) -> Result<Engine> {
     let max_positions = shape.max_positions;
     let engine = Engine::start(name, loaded, text, policy, config)?;
     println!("{model_lines}");
-    println!("router     {}", engine.info().router);
+    println!("router     {}: {}", engine.info().router, engine.info().router_means);
     println!("memory     {} weights, {} KV cache", HumanBytes(weights), HumanBytes(engine.kv_bytes()));
     let len = engine.info().limits.max_model_len;
     let cut = if args.max_model_len.is_none() && len < max_positions {
@@ -169,7 +292,7 @@ fn build(args: &Args) -> Result<Engine> {
         String::new()
     };
     println!("context    {len} tokens{cut}; loaded in {:.1} s", started.elapsed().as_secs_f64());
-    Ok(engine)
+    Ok((engine, chat))
 }
 
 fn model_lines(name: &str, loaded: &Loaded) -> String {
@@ -205,26 +328,31 @@ fn default_name(model: &str) -> String {
     }
 }
 
-/// Serves until a signal, then lets running requests finish for as long as `timeout` allows; tells whether they did.
-async fn run(listener: TcpListener, engine: Arc<Engine>, timeout: Duration) -> Result<bool> {
+/// The template that turns messages into prompts: the operator's, or the checkpoint's own.
+fn chat_templates(args: &Args, files: &Files) -> Result<Option<ChatTemplates>> {
+    let read = |path: &Path| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+    let config = files.tokenizer_config.as_deref().map(read).transpose()?;
+    let jinja = args.chat_template.as_deref().or(files.chat_template.as_deref());
+    let source = jinja.map(read).transpose()?;
+    ChatTemplates::load(config.as_deref(), source.as_deref()).with_context(|| {
+        jinja.or(files.tokenizer_config.as_deref()).map_or_else(String::new, |p| p.display().to_string())
+    })
+}
+
+/// Waits for a signal, then lets running requests finish for as long as `timeout` allows; tells whether they did.
+async fn drained(engine: &Engine, switch: &Switch, timeout: Duration) -> Result<bool> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let app = moe_serve::http::app(engine.clone());
-    let mut server = tokio::spawn(moe_serve::http::serve(listener, app, async {
-        let _ = stopped.await;
-    }));
     tokio::select! {
-        result = &mut server => return result?.map(|()| true).context("serving"),
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
     let seconds = timeout.as_secs();
     tracing::info!("shutting down: running requests have {seconds} s to finish; a second signal ends at once");
+    switch.drain();
     engine.drain();
-    let _ = stop.send(());
     tokio::select! {
-        result = &mut server => return result?.map(|()| true).context("serving"),
+        () = switch.idle() => return Ok(true),
         () = tokio::time::sleep(timeout) => tracing::warn!("some requests did not finish in time and are cut off"),
         _ = interrupt.recv() => tracing::warn!("second signal: ending now"),
         _ = terminate.recv() => tracing::warn!("second signal: ending now"),

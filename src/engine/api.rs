@@ -1,6 +1,6 @@
 //! What the engine offers: submit a request, read its events.
 
-use crate::types::{FinishReason, GenerateRequest, LimitError, Limits, SpecError, TokenId, Usage};
+use crate::types::{FinishReason, GenerateRequest, LimitError, Limits, RouterSpec, SpecError, TokenId, Usage};
 use futures::Stream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -11,11 +11,20 @@ pub trait Generate: Send + Sync {
     /// What is served.
     fn info(&self) -> &ModelInfo;
 
-    /// Token ids of a text, with the special tokens the checkpoint's tokenizer adds.
+    /// Token ids of a text; where asked for, with the special tokens that the checkpoint's tokenizer adds.
     ///
     /// # Errors
-    /// A text the tokenizer cannot take.
-    fn encode(&self, text: &str) -> Result<Vec<TokenId>, String>;
+    /// A text the tokenizer cannot take, or one too long for the context whatever its tokens are.
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, String>;
+
+    /// The text that each token adds to those before it; all together, the text of `ids`.
+    fn pieces(&self, ids: &[TokenId], skip_special_tokens: bool) -> Vec<String>;
+
+    /// The id of the special token with this name.
+    fn special_token(&self, name: &str) -> Option<TokenId>;
+
+    /// The bytes that a token stands for, alone; of a special token, its name.
+    fn token_bytes(&self, id: TokenId) -> Vec<u8>;
 
     /// Queues a request. Dropping the [`Events`] abandons it: its sequence is gone within a step.
     ///
@@ -35,10 +44,12 @@ pub trait Generate: Send + Sync {
 pub struct ModelInfo {
     /// Name that requests give.
     pub name: String,
-    /// The default router: its specification, and what it means in words.
-    pub router: String,
+    /// The default router.
+    pub router: RouterSpec,
+    /// What it means for this model, in words.
+    pub router_means: String,
     pub limits: Limits,
-    /// Requests that can be unfinished at the same time.
+    /// Completions that can be unfinished at the same time.
     pub unfinished_max: usize,
     /// Seconds since 1970.
     pub created: u64,
@@ -51,21 +62,59 @@ pub enum SubmitError {
     Limit(#[from] LimitError),
     #[error(transparent)]
     Router(#[from] SpecError),
-    #[error("the server is busy: {unfinished} requests are unfinished and {limit} is the limit; try again later")]
+    #[error("the server is busy: {unfinished} completions are unfinished and {limit} is the limit; try again later")]
     QueueFull { unfinished: usize, limit: usize },
+    /// What the text must be is no valid grammar or schema.
+    #[error("{0}")]
+    Grammar(String),
+    #[error("{0}")]
+    Busy(String),
     #[error("the server is shutting down")]
     Stopping,
 }
 
-/// What happens to a request, in order: texts, then one end.
+/// What happens to a request. Of every completion, in order: texts, then one end.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// More text: whole characters, never a part of a stop string.
-    Text(String),
-    /// The end, with what it used.
-    Done { reason: FinishReason, usage: Usage },
-    /// The end because the engine failed; the message is for the client.
+    /// Of the prompt what was asked for, before all else.
+    Prompt(PromptReport),
+    /// More text of completion `choice`: whole characters, never a part of a stop string.
+    Text { choice: usize, text: String, tokens: Vec<TokenReport> },
+    /// The end of completion `choice`, with what it used.
+    Done { choice: usize, reason: FinishReason, usage: Usage },
+    /// The end of all because the engine failed; the message is for the client.
     Failed(String),
+}
+
+/// What was asked for of the prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PromptReport {
+    /// Of every prompt token, if scores were asked for; none of the first and of those before the first wanted.
+    pub scores: Vec<Option<TokenScore>>,
+    /// Experts used per MoE layer by the pass over every prompt token, if a trace was asked for; none of cached ones.
+    pub experts: Vec<Option<Vec<u16>>>,
+}
+
+/// A generated token, told if log-probabilities or a trace were asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenReport {
+    pub id: TokenId,
+    /// Characters of the completion before it.
+    pub offset: usize,
+    pub score: Option<TokenScore>,
+    /// Experts used per MoE layer by the pass that drew it, if a trace was asked for.
+    pub experts: Vec<u16>,
+}
+
+/// How likely the model found a token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenScore {
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// 1 is the likeliest.
+    pub rank: u32,
+    /// The likeliest tokens and their log-probabilities, likeliest first.
+    pub top: Vec<(TokenId, f32)>,
 }
 
 /// The events of one request. Its channel has room for all events the request can have, so that a client that
@@ -81,7 +130,7 @@ impl Events {
         Self { receiver }
     }
 
-    /// Waits for the end on a thread that is not asynchronous: the text, why it ended, what it used.
+    /// Waits for the end of one completion on a thread that is not asynchronous: its text, why it ended, what it used.
     ///
     /// # Errors
     /// The engine's message if it failed.
@@ -89,8 +138,9 @@ impl Events {
         let mut text = String::new();
         while let Some(event) = self.receiver.blocking_recv() {
             match event {
-                Event::Text(more) => text.push_str(&more),
-                Event::Done { reason, usage } => return Ok((text, reason, usage)),
+                Event::Prompt(_) => {}
+                Event::Text { text: more, .. } => text.push_str(&more),
+                Event::Done { reason, usage, .. } => return Ok((text, reason, usage)),
                 Event::Failed(message) => return Err(message),
             }
         }

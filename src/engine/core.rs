@@ -1,5 +1,6 @@
 //! One step: plan, forward, sample, commit.
 
+use super::api::TokenScore;
 use super::metrics::{ExpertSeries, Metrics};
 use super::sequence::{Job, Sequence};
 use super::text::Text;
@@ -8,30 +9,61 @@ use crate::moe::cost::{CostModel, ExpertReads};
 use crate::moe::router::StepTokens;
 use crate::moe::{Policy, RouteCtx, StepTrace};
 use crate::ops::{self, KvCache, KvShape, Segment, StepLayout};
-use crate::sched::{Plan, SchedConfig, Scheduler};
-use crate::types::{SeqId, TokenId, Work};
+use crate::sched::{Chunk, Plan, SchedConfig, Scheduler};
+use crate::types::{FinishReason, SeqId, TokenId, Work};
+use candle_core::Tensor;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// How the engine runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// Sequences that run at the same time.
     pub max_num_seqs: usize,
     /// Tokens per step.
     pub max_batched_tokens: usize,
-    /// Unfinished requests beyond those that run.
+    /// Unfinished completions beyond those that run.
     pub max_queue: usize,
-    /// Bytes for the KV cache; a share of the free memory without it.
-    pub kv_bytes: Option<u64>,
+    /// Size of the KV cache; a share of the free memory without it.
+    pub kv_size: Option<KvSize>,
+    /// Whether prompts take over what earlier ones have computed.
+    pub prefix_cache: bool,
+    /// What routers requests may ask for; none without it.
+    pub request_routers: Option<RequestRouters>,
     /// Whether a context that does not fit the KV cache is cut (else it is an error).
     pub cut_context: bool,
 }
 
+/// How large the KV cache is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvSize {
+    Bytes(u64),
+    /// Of 16 positions each.
+    Blocks(usize),
+}
+
+/// Routers that a request may ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RequestRouters {
+    /// Names of `ROUTERS`; empty for all.
+    pub names: Vec<String>,
+    /// Experts per token and layer; the checkpoint's own number without it.
+    pub experts_max: Option<usize>,
+}
+
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_num_seqs: 64, max_batched_tokens: 2048, max_queue: 256, kv_bytes: None, cut_context: true }
+        Self {
+            max_num_seqs: 64,
+            max_batched_tokens: 2048,
+            max_queue: 256,
+            kv_size: None,
+            prefix_cache: true,
+            request_routers: None,
+            cut_context: true,
+        }
     }
 }
 
@@ -40,11 +72,11 @@ impl Default for EngineConfig {
 pub enum StartError {
     #[error(
         "the KV cache of {kv_mib} MiB holds {held} tokens, but the context is {wanted}: give --kv-cache-gb at least \
-         {needed_gb:.2} or --max-model-len at most {held}"
+         {needed_gb:.2}, --num-blocks at least {needed_blocks} or --max-model-len at most {held}"
     )]
-    KvTooSmall { kv_mib: u64, held: usize, wanted: usize, needed_gb: f64 },
+    KvTooSmall { kv_mib: u64, held: usize, wanted: usize, needed_gb: f64, needed_blocks: usize },
     #[error(
-        "--kv-cache-gb asks for {asked_gb:.2} GiB of KV cache, but {free_gb:.2} GiB of memory are free beside the model"
+        "--kv-cache-gb or --num-blocks asks for {asked_gb:.2} GiB of KV cache, but {free_gb:.2} GiB of memory are free beside the model"
     )]
     KvTooLarge { asked_gb: f64, free_gb: f64 },
     #[error("allocating the KV cache: {0}")]
@@ -55,6 +87,8 @@ pub enum StartError {
 
 /// Positions per KV block.
 pub(super) const BLOCK_SIZE: usize = 16;
+/// Bytes of logits that are on the host at the same time.
+const LOGITS_BYTES_MAX: usize = 64 << 20;
 /// KV cache when nothing is said: this share of the free memory, and at most this much.
 const KV_SHARE: u64 = 4;
 const KV_BYTES_MAX: u64 = 4 << 30;
@@ -70,8 +104,28 @@ pub(super) struct Core {
     seqs: BTreeMap<SeqId, Sequence>,
     next_id: u64,
     cost: CostModel,
+    prefix_cache: bool,
     metrics: Metrics,
     expert_series: ExpertSeries,
+}
+
+/// A row of a step whose logits are wanted.
+struct LogitRow {
+    seq: SeqId,
+    /// Row of the step.
+    row: u32,
+    /// The prompt token that it scores, and how many alternatives are wanted.
+    score: Option<(TokenId, usize)>,
+    /// Whether the next token is drawn from it.
+    samples: bool,
+}
+
+/// What the forward pass of a step gave.
+struct Forwarded {
+    trace: StepTrace,
+    rows: Vec<LogitRow>,
+    /// Final hidden states of `rows`.
+    hidden: Option<Tensor>,
 }
 
 /// The KV cache's size and the context it allows.
@@ -89,10 +143,16 @@ impl KvPlan {
         let one = KvShape { layers: model.layers.len(), blocks: 1, block_size: BLOCK_SIZE, kv_heads, head_dim };
         let block_bytes = one.block_bytes(backend.dtype()) as u64;
         let free = backend.free_memory().unwrap_or(u64::MAX);
-        let bytes = config.kv_bytes.unwrap_or((free / KV_SHARE).min(KV_BYTES_MAX));
         let each = loaded.max_model_len.div_ceil(BLOCK_SIZE);
-        let blocks = ((bytes / block_bytes) as usize).min(each * config.max_num_seqs);
-        let held = blocks * BLOCK_SIZE;
+        let most = each * config.max_num_seqs;
+        let bytes = match config.kv_size {
+            Some(KvSize::Blocks(blocks)) => blocks as u64 * block_bytes,
+            Some(KvSize::Bytes(bytes)) => bytes,
+            // More than all sequences together can fill is worth it only where it is asked for: as prefix cache.
+            None => (free / KV_SHARE).min(KV_BYTES_MAX).min(most as u64 * block_bytes),
+        };
+        let blocks = usize::try_from(bytes / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
+        let held = blocks.saturating_mul(BLOCK_SIZE);
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         if held < 2 || (held < loaded.max_model_len && !config.cut_context) {
             return Err(StartError::KvTooSmall {
@@ -100,9 +160,10 @@ impl KvPlan {
                 held,
                 wanted: loaded.max_model_len,
                 needed_gb: gib(each as u64 * block_bytes),
+                needed_blocks: each,
             });
         }
-        let taken = blocks as u64 * block_bytes;
+        let taken = (blocks as u64).saturating_mul(block_bytes);
         if taken > free {
             return Err(StartError::KvTooLarge { asked_gb: gib(taken), free_gb: gib(free) });
         }
@@ -139,6 +200,7 @@ impl Core {
             sched_config,
             seqs: BTreeMap::new(),
             next_id: 0,
+            prefix_cache: config.prefix_cache,
             metrics,
         })
     }
@@ -149,10 +211,15 @@ impl Core {
     }
 
     pub(super) fn add(&mut self, job: Job) {
-        let id = SeqId(self.next_id);
+        let (seq, new) = Sequence::new(job, &self.text, &self.eos);
+        let id = self.id();
+        self.sched.add(id, new);
+        self.seqs.insert(id, seq);
+    }
+
+    fn id(&mut self) -> SeqId {
         self.next_id += 1;
-        self.sched.add(id, job.request.prompt.len());
-        self.seqs.insert(id, Sequence::new(job, self.text.clone(), &self.eos));
+        SeqId(self.next_id)
     }
 
     /// Runs one step. Errors of the forward pass end the requests that were in it, and nothing else.
@@ -161,13 +228,14 @@ impl Core {
         self.drop_departed();
         let plan = self.sched.plan();
         self.metrics.preempted(plan.preempted.len());
+        for admitted in &plan.admitted {
+            if let Some(seq) = self.seqs.get_mut(&admitted.seq) {
+                seq.admitted(admitted, self.prefix_cache, &self.metrics);
+            }
+        }
         if !plan.chunks.is_empty() {
-            match self.forward(&plan) {
-                Ok((trace, logits)) => {
-                    self.account(&plan, &trace);
-                    self.commit(&plan, logits);
-                    self.metrics.step(started.elapsed());
-                }
+            match self.compute(&plan) {
+                Ok(()) => self.metrics.step(started.elapsed()),
                 Err(error) => {
                     tracing::error!(%error, "a step failed; its requests end with an error");
                     self.fail(plan.chunks.iter().map(|c| c.seq).collect());
@@ -175,6 +243,13 @@ impl Core {
             }
         }
         self.show_load();
+    }
+
+    fn compute(&mut self, plan: &Plan) -> candle_core::Result<()> {
+        self.kv.copy_blocks(&plan.copies)?;
+        let done = self.forward(plan)?;
+        self.account(plan, &done);
+        self.commit(plan, &done)
     }
 
     fn drop_departed(&mut self) {
@@ -210,70 +285,125 @@ impl Core {
         self.metrics.load(self.sched.waiting(), self.sched.running(), self.sched.blocks_used());
     }
 
-    /// Gives the routing's trace and the logits of the chunks that sample, in order.
-    fn forward(&mut self, plan: &Plan) -> candle_core::Result<(StepTrace, Vec<f32>)> {
+    fn forward(&mut self, plan: &Plan) -> candle_core::Result<Forwarded> {
         let mut tokens = StepTokens::default();
         let mut policies: Vec<Arc<Policy>> = Vec::new();
         let mut segments = Vec::with_capacity(plan.chunks.len());
-        let mut logit_rows = Vec::new();
+        let mut rows = Vec::new();
         for chunk in &plan.chunks {
-            let Some(seq) = self.seqs.get_mut(&chunk.seq) else {
+            let Some(seq) = self.seqs.get(&chunk.seq) else {
                 candle_core::bail!("the plan holds an unknown sequence");
             };
-            seq.runs(&self.metrics);
             let known = policies.iter().position(|p| p.spec() == seq.policy.spec());
             let policy = known.unwrap_or_else(|| {
                 policies.push(seq.policy.clone());
                 policies.len() - 1
             });
-            let span = chunk.start..chunk.start + chunk.len;
-            tokens.token_t.extend(&seq.tokens[span.clone()]);
-            tokens.position_t.extend(span.map(|p| p as u32));
-            tokens.policy_t.extend(std::iter::repeat_n(policy as u16, chunk.len));
-            if chunk.samples {
-                logit_rows.push(tokens.token_t.len() as u32 - 1);
-            }
-            segments.push(Segment { start: chunk.start, len: chunk.len, blocks: chunk.blocks.clone() });
+            wanted_rows(chunk, seq, tokens.token_t.len(), &mut rows);
+            let len = chunk.tokens.len();
+            tokens.token_t.extend(&chunk.tokens);
+            tokens.position_t.extend((chunk.start..chunk.start + len).map(|p| p as u32));
+            tokens.policy_t.extend(std::iter::repeat_n(policy as u16, len));
+            segments.push(Segment { start: chunk.start, len, blocks: chunk.blocks.clone() });
         }
         let layout = StepLayout::new(segments, &self.kv, self.model.backend())?;
+        let logit_rows: Vec<u32> = rows.iter().map(|r| r.row).collect();
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &logit_rows };
         let mut routes = RouteCtx::new(self.model.shape().moe, &policies, &tokens);
-        let logits = self.model.forward(&input, &mut self.kv, &mut routes)?;
-        let logits = logits.map(|l| ops::to_host(&l)).transpose()?.unwrap_or_default();
-        Ok((routes.into_trace(), logits))
+        let hidden = self.model.forward(&input, &mut self.kv, &mut routes)?;
+        Ok(Forwarded { trace: routes.into_trace(), rows, hidden })
     }
 
     /// Books the work of every token, to its request and to the metrics: before any request can end, so that who
     /// has read its answer finds its work counted.
-    fn account(&mut self, plan: &Plan, trace: &StepTrace) {
+    fn account(&mut self, plan: &Plan, done: &Forwarded) {
         let mut step_work = Work::default();
-        let mut rows = trace.experts_t.iter();
+        let layers = self.model.shape().moe.layers;
+        let mut k_tl = done.trace.k_tl.chunks_exact(layers);
+        let mut logit_rows = done.rows.iter().map(|r| r.row).peekable();
+        let mut row = 0;
         for chunk in &plan.chunks {
             let Some(seq) = self.seqs.get_mut(&chunk.seq) else { continue };
-            for (i, expert_rows) in rows.by_ref().take(chunk.len).enumerate() {
-                let context = (chunk.start + i + 1) as u64;
-                let lm_head = chunk.samples && i + 1 == chunk.len;
-                let work = self.cost.token(context, u64::from(*expert_rows), lm_head);
+            for (position, k_l) in (chunk.start..).zip(k_tl.by_ref().take(chunk.tokens.len())) {
+                let lm_head = logit_rows.next_if_eq(&row).is_some();
+                row += 1;
+                let expert_rows = k_l.iter().map(|k| u64::from(*k)).sum();
+                let work = self.cost.token(position as u64 + 1, expert_rows, lm_head);
                 seq.work += work;
                 step_work += work;
+                seq.routed(position, k_l);
             }
         }
-        let reads = ExpertReads::of(trace, self.model.expert_bytes() as u64);
-        self.metrics.routed(trace, &step_work, &reads, &self.expert_series);
+        let reads = ExpertReads::of(&done.trace, self.model.expert_bytes() as u64);
+        self.metrics.routed(&done.trace, &step_work, &reads, &self.expert_series);
     }
 
-    /// Samples a token for every chunk that reaches its sequence's end, and removes what is over.
-    fn commit(&mut self, plan: &Plan, mut logits: Vec<f32>) {
-        let mut logits = logits.chunks_exact_mut(self.model.shape().vocab);
+    /// Scores prompt tokens, draws a token for every sequence that has reached its end, and removes what is over.
+    fn commit(&mut self, plan: &Plan, done: &Forwarded) -> candle_core::Result<()> {
+        let mut sampled = Vec::new();
+        let mut forks = Vec::new();
         let mut over = Vec::new();
+        let vocab = self.model.shape().vocab;
+        let rows_max = (LOGITS_BYTES_MAX / (vocab * size_of::<f32>())).max(1);
+        for (part, rows) in done.rows.chunks(rows_max).enumerate() {
+            let Some(hidden) = &done.hidden else { break };
+            let mut logits = ops::to_host(&self.model.logits(hidden, part * rows_max, rows.len())?)?;
+            self.score(rows, &logits);
+            for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab)).filter(|(row, _)| row.samples) {
+                let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
+                for mut sibling in seq.prompt_done() {
+                    if let Some(token) = sibling.advance(&mut logits.to_vec(), &self.metrics) {
+                        forks.push((row.seq, sibling, token));
+                    }
+                }
+                match seq.advance(logits, &self.metrics) {
+                    Some(token) => sampled.push((row.seq, token)),
+                    None => over.push(row.seq),
+                }
+            }
+        }
+        // Prompts that nothing is to follow end here.
         for chunk in plan.chunks.iter().filter(|c| c.samples) {
-            if let (Some(seq), Some(logits)) = (self.seqs.get_mut(&chunk.seq), logits.next())
-                && seq.advance(logits, &self.metrics)
-            {
+            if let Some(seq) = self.seqs.get_mut(&chunk.seq).filter(|s| !s.generates()) {
+                let siblings = seq.prompt_done();
+                seq.finish(FinishReason::Length, &self.metrics);
+                siblings.into_iter().for_each(|mut s| s.finish(FinishReason::Length, &self.metrics));
                 over.push(chunk.seq);
             }
         }
-        self.sched.commit(plan);
+        self.sched.commit(plan, &sampled);
+        for (parent, sibling, token) in forks {
+            let id = self.id();
+            self.sched.fork(parent, id, token);
+            self.seqs.insert(id, sibling);
+        }
         over.into_iter().for_each(|id| self.remove(id));
+        Ok(())
+    }
+
+    fn score(&mut self, rows: &[LogitRow], logits: &[f32]) {
+        let vocab = self.model.shape().vocab;
+        let score = |(row, logits): (&LogitRow, &[f32])| {
+            let (id, top) = row.score?;
+            Some((row.seq, TokenScore::of(logits, id, top)))
+        };
+        let scores: Vec<_> = rows.par_iter().zip(logits.par_chunks_exact(vocab)).filter_map(score).collect();
+        for (id, score) in scores {
+            if let Some(seq) = self.seqs.get_mut(&id) {
+                seq.scored(score);
+            }
+        }
+    }
+}
+
+/// Adds the rows of `chunk`, which begins at row `first` of the step, whose logits are wanted.
+fn wanted_rows(chunk: &Chunk, seq: &Sequence, first: usize, rows: &mut Vec<LogitRow>) {
+    let last = chunk.tokens.len() - 1;
+    for i in 0..=last {
+        let score = seq.scores_next(chunk.start + i);
+        let samples = chunk.samples && i == last && seq.generates();
+        if score.is_some() || samples {
+            rows.push(LogitRow { seq: chunk.seq, row: (first + i) as u32, score, samples });
+        }
     }
 }

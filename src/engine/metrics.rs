@@ -16,6 +16,11 @@ use std::time::Duration;
 const LATENCY_BUCKETS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
+/// How completions end.
+const FINISHED: [&str; 4] = ["stop", "length", "abort", "error"];
+/// Why requests are not queued.
+const REJECTED: [&str; 3] = ["queue_full", "grammar_busy", "stopping"];
+
 /// Series of the engine. Cloning is cheap and shares them.
 #[derive(Clone)]
 pub struct Metrics {
@@ -27,6 +32,8 @@ pub struct Metrics {
     preemptions: [IntCounter; 2],
     prompt_tokens: [IntCounter; 2],
     generation_tokens: [IntCounter; 2],
+    /// Looked up, and found.
+    prefix: [[IntCounter; 3]; 2],
     first_token: [Histogram; 2],
     inter_token: [Histogram; 2],
     latency: [Histogram; 2],
@@ -114,17 +121,14 @@ impl Metrics {
             &["block_size", "num_gpu_blocks"],
         );
         info.with_label_values(&[block_size.to_string(), blocks.to_string()]).set(1);
-        // There is no prefix cache: these stay zero, for readers that expect the series.
-        m.counter("vllm:gpu_prefix_cache_queries_total", "Tokens looked up in the prefix cache");
-        m.counter("vllm:gpu_prefix_cache_hits_total", "Tokens found in the prefix cache");
         let kv = "Share of KV cache blocks in use, 0 to 1";
         let ttft = "Seconds from arrival to the first token";
         let itl = "Seconds between tokens of one request";
         let e2e = "Seconds from arrival to the end of a request";
         let queue = "Seconds a request waited for admission";
-        let ended = "Requests that ended, by reason";
+        let ended = "Completions that ended, by reason";
         let latency = |names: [&str; 2], help: &str| names.map(|n| m.histogram(n, help, LATENCY_BUCKETS));
-        Self {
+        let series = Self {
             moe: MoeSeries::new(&m, shape),
             waiting: ["moe_requests_waiting", "vllm:num_requests_waiting"]
                 .map(|n| m.int_gauge(n, "Requests waiting for admission")),
@@ -138,6 +142,14 @@ impl Metrics {
                 .map(|n| m.counter(n, "Prompt tokens of finished requests")),
             generation_tokens: ["moe_generation_tokens_total", "vllm:generation_tokens_total"]
                 .map(|n| m.counter(n, "Tokens generated")),
+            prefix: [
+                ("queries_total", "Prompt tokens looked up in the prefix cache"),
+                ("hits_total", "Prompt tokens found in the prefix cache"),
+            ]
+            .map(|(what, help)| {
+                ["moe_prefix_cache", "vllm:prefix_cache", "vllm:gpu_prefix_cache"]
+                    .map(|n| m.counter(&format!("{n}_{what}"), help))
+            }),
             first_token: latency(["moe_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"], ttft),
             inter_token: latency(["moe_inter_token_latency_seconds", "vllm:inter_token_latency_seconds"], itl),
             latency: latency(["moe_request_latency_seconds", "vllm:e2e_request_latency_seconds"], e2e),
@@ -158,7 +170,13 @@ impl Metrics {
                 &powers_of_two(1, 8192).collect::<Vec<_>>(),
             ),
             registry,
+        };
+        // From zero on: a rate over a series that begins at one misses the one.
+        for reason in FINISHED {
+            series.requests.iter().for_each(|c| drop(c.with_label_values(&[reason])));
         }
+        REJECTED.iter().for_each(|reason| drop(series.rejected.with_label_values(&[reason])));
+        series
     }
 
     /// All series in Prometheus' text format.
@@ -197,6 +215,12 @@ impl Metrics {
 
     pub(super) fn admitted(&self, waited: Duration) {
         self.queue_time.iter().for_each(|h| h.observe(waited.as_secs_f64()));
+    }
+
+    pub(super) fn prefix_looked_up(&self, tokens: usize, found: usize) {
+        for (series, count) in self.prefix.iter().zip([tokens, found]) {
+            series.iter().for_each(|c| c.inc_by(count as u64));
+        }
     }
 
     pub(super) fn first_token(&self, since_arrival: Duration) {

@@ -4,12 +4,16 @@
 
 pub mod api;
 mod core;
+mod grammar;
 mod metrics;
 mod sampler;
+mod schema;
+mod score;
 mod sequence;
 mod text;
+mod vocab;
 mod worker;
 
-pub use core::{EngineConfig, StartError};
+pub use core::{EngineConfig, KvSize, RequestRouters, StartError};
 pub use text::{Text, TextError};
 pub use worker::Engine;

@@ -1,7 +1,8 @@
 //! Draws the next token.
 //!
-//! Order of the rules, as in vLLM: penalties, temperature, min-p, top-k, top-p, draw.
+//! Order of the rules: penalties, biases, what is forbidden, temperature, min-p, top-k, top-p, draw.
 
+use super::grammar::Grammar;
 use crate::types::{SamplingParams, TokenId};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -31,11 +32,20 @@ impl Sampler {
         Self { params, rng: ChaCha8Rng::seed_from_u64(seed), generated: HashMap::new(), seen }
     }
 
-    /// Draws from `logits`, which it may change; tokens of `forbidden` are never drawn. `None` if no logit is a number.
-    pub(super) fn sample(&mut self, logits: &mut [f32], forbidden: &[TokenId]) -> Option<TokenId> {
+    /// Draws from `logits`, which it may change; tokens of `forbidden`, and those that `grammar` has no place for, are
+    /// never drawn. `None` if nothing is left to draw.
+    pub(super) fn sample(
+        &mut self,
+        logits: &mut [f32],
+        forbidden: &[TokenId],
+        grammar: Option<&mut Grammar>,
+    ) -> Option<TokenId> {
         self.penalise(logits);
         for id in forbidden {
             logits[*id as usize] = f32::NEG_INFINITY;
+        }
+        if let Some(grammar) = grammar {
+            grammar.mask(logits).inspect_err(|error| tracing::warn!(%error, "a grammar failed")).ok()?;
         }
         let id = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits) }?;
         *self.generated.entry(id).or_default() += 1;
@@ -57,6 +67,9 @@ impl Sampler {
             for (id, count) in &self.generated {
                 logits[*id as usize] -= p.presence_penalty + p.frequency_penalty * *count as f32;
             }
+        }
+        for (id, bias) in &p.logit_bias {
+            logits[*id as usize] += bias;
         }
     }
 
@@ -147,7 +160,7 @@ mod tests {
         let mut sampler = sampler(edit);
         let mut counts = [0.0; 5];
         for _ in 0..4000 {
-            counts[sampler.sample(&mut logits.clone(), &[]).unwrap() as usize] += 1.0 / 4000.0;
+            counts[sampler.sample(&mut logits.clone(), &[], None).unwrap() as usize] += 1.0 / 4000.0;
         }
         counts
     }
@@ -178,18 +191,24 @@ mod tests {
         assert_eq!(drawn(|p| p.top_p = 0.6), [3]); // 3 alone has .636
         assert_eq!(drawn(|p| p.top_p = 0.7), [2, 3]);
         assert_eq!(drawn(|p| p.min_p = 0.2), [2, 3]); // e^-1 = .37, e^-2 = .14
-        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3]), Some(2));
+        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3], None), Some(2));
+    }
+
+    #[test]
+    fn biases_are_added() {
+        let mut biased = sampler(|p| (p.temperature, p.logit_bias) = (0.0, vec![(4, 5.0), (3, -100.0)]));
+        assert_eq!(biased.sample(&mut LOGITS.clone(), &[], None), Some(4));
     }
 
     #[test]
     fn penalties_push_tokens_down() {
         let mut presence = sampler(|p| (p.temperature, p.presence_penalty) = (0.0, 1.5));
-        assert_eq!([0, 1].map(|_| presence.sample(&mut LOGITS.clone(), &[]).unwrap()), [3, 2]);
+        assert_eq!([0, 1].map(|_| presence.sample(&mut LOGITS.clone(), &[], None).unwrap()), [3, 2]);
         let mut frequency = sampler(|p| (p.temperature, p.frequency_penalty) = (0.0, 0.6));
-        assert_eq!([0, 1, 2].map(|_| frequency.sample(&mut LOGITS.clone(), &[]).unwrap()), [3, 3, 2]);
+        assert_eq!([0, 1, 2].map(|_| frequency.sample(&mut LOGITS.clone(), &[], None).unwrap()), [3, 3, 2]);
         let mut repetition =
             Sampler::new(SamplingParams { temperature: 0.0, repetition_penalty: 2.0, ..Default::default() }, &[3]);
-        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[]), Some(2));
+        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[], None), Some(2));
     }
 
     #[test]
@@ -197,8 +216,8 @@ mod tests {
         let nan = f32::NAN;
         for temperature in [0.0, 1.0] {
             let mut s = sampler(|p| p.temperature = temperature);
-            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[]), Some(1));
-            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[]), None);
+            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[], None), Some(1));
+            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[], None), None);
         }
     }
 
@@ -206,7 +225,7 @@ mod tests {
     fn a_seed_fixes_the_draws_and_no_seed_does_not() {
         let run = |seed| {
             let mut s = Sampler::new(SamplingParams { seed, ..Default::default() }, &[]);
-            (0..40).map(|_| s.sample(&mut [0.0; 50], &[]).unwrap()).collect::<Vec<_>>()
+            (0..40).map(|_| s.sample(&mut [0.0; 50], &[], None).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(Some(1)), run(Some(1)));
         assert_ne!(run(Some(1)), run(Some(2)));

@@ -1,11 +1,13 @@
-//! One request inside the engine.
+//! One completion inside the engine.
 
-use super::api::Event;
+use super::api::{Event, PromptReport, TokenReport, TokenScore};
+use super::grammar::Grammar;
 use super::metrics::Metrics;
 use super::sampler::Sampler;
 use super::text::{Text, TextStream};
 use crate::moe::Policy;
-use crate::types::{FinishReason, GenerateRequest, TokenId, Usage, Work};
+use crate::sched::{Admitted, BlockHash, NewSeq};
+use crate::types::{FinishReason, GenerateRequest, PromptScoring, SamplingParams, TokenId, Usage, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -15,19 +17,24 @@ use tokio::sync::mpsc;
 pub(super) struct Job {
     pub request: GenerateRequest,
     pub policy: Arc<Policy>,
+    /// Begins the hashes of its KV blocks, if it may share them.
+    pub root: Option<BlockHash>,
+    pub grammar: Option<Grammar>,
     pub events: mpsc::Sender<Event>,
     pub arrived: Instant,
-    pub slot: Slot,
+    /// One per completion.
+    pub slots: Vec<Slot>,
 }
 
-/// One of the server's places for unfinished requests; free again when dropped.
+/// One of the server's places for unfinished completions; free again when dropped.
 pub(super) struct Slot(Arc<AtomicUsize>);
 
 impl Slot {
-    /// Takes a place, or tells how many are taken if that is `limit`.
-    pub(super) fn take(taken: &Arc<AtomicUsize>, limit: usize) -> Result<Self, usize> {
-        let more = |n: usize| (n < limit).then_some(n + 1);
-        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).map(|_| Self(taken.clone()))
+    /// Takes `count` places, or tells how many are taken if that would be more than `limit`.
+    pub(super) fn take(taken: &Arc<AtomicUsize>, count: usize, limit: usize) -> Result<Vec<Self>, usize> {
+        let more = |n: usize| (n + count <= limit).then_some(n + count);
+        taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more)?;
+        Ok((0..count).map(|_| Self(taken.clone())).collect())
     }
 }
 
@@ -37,19 +44,32 @@ impl Drop for Slot {
     }
 }
 
-/// A request's tokens and what makes its next one.
+/// A completion's state, and what makes its next token. The scheduler has its tokens.
 pub(super) struct Sequence {
-    /// Prompt, then completion.
-    pub tokens: Vec<TokenId>,
     pub policy: Arc<Policy>,
     pub work: Work,
+    /// The other completions of the prompt, until it is computed.
+    pub siblings: Vec<Sequence>,
+    choice: usize,
     prompt_len: usize,
+    cached: usize,
+    completion_len: usize,
     max_tokens: usize,
     min_tokens: usize,
     /// Tokens that end the completion.
     stop_ids: Vec<TokenId>,
     sampler: Sampler,
+    grammar: Option<Grammar>,
     text: TextStream,
+    /// Alternatives wanted beside the log-probability of each token.
+    logprobs: Option<usize>,
+    trace: bool,
+    /// Of the first completion alone.
+    prompt: Option<PromptTask>,
+    /// Experts used per MoE layer by the pass whose logits come next.
+    last_k_l: Vec<u16>,
+    /// Tokens whose text is not out yet.
+    pending: Vec<TokenReport>,
     events: mpsc::Sender<Event>,
     arrived: Instant,
     last_token: Option<Instant>,
@@ -57,29 +77,73 @@ pub(super) struct Sequence {
     slot: Option<Slot>,
 }
 
+/// What is to be told of a prompt.
+struct PromptTask {
+    tokens: Vec<TokenId>,
+    scoring: Option<PromptScoring>,
+    report: PromptReport,
+}
+
+impl PromptTask {
+    fn new(request: &GenerateRequest) -> Option<Self> {
+        if request.scoring.is_none() && !request.trace {
+            return None;
+        }
+        let len = request.prompt.len();
+        // The first token has nothing before it.
+        let unscored = request.scoring.map_or(0, |s| s.from.clamp(1, len));
+        let experts = vec![None; if request.trace { len } else { 0 }];
+        let report = PromptReport { scores: vec![None; unscored], experts };
+        Some(Self { tokens: request.prompt.clone(), scoring: request.scoring, report })
+    }
+}
+
 impl Sequence {
-    pub(super) fn new(job: Job, text: Text, eos: &[TokenId]) -> Self {
-        let request = job.request;
-        let mut stop_ids = request.stop_token_ids;
-        if !request.ignore_eos {
-            stop_ids.extend(eos);
-        }
-        Self {
-            sampler: Sampler::new(request.sampling, &request.prompt),
-            text: TextStream::new(text, &request.prompt, request.skip_special_tokens, request.stop),
-            prompt_len: request.prompt.len(),
-            tokens: request.prompt,
-            policy: job.policy,
-            work: Work::default(),
-            max_tokens: request.max_tokens,
-            min_tokens: request.min_tokens,
-            stop_ids,
-            events: job.events,
-            arrived: job.arrived,
-            last_token: None,
-            admitted: false,
-            slot: Some(job.slot),
-        }
+    /// The first completion of a job, which computes the prompt and has the others with it; and what the scheduler is
+    /// to know.
+    pub(super) fn new(job: Job, text: &Text, eos: &[TokenId]) -> (Self, NewSeq) {
+        let mut slots = job.slots;
+        let siblings = slots.split_off(1.min(slots.len()));
+        let one = |choice: usize, slot: Option<Slot>| {
+            let request = &job.request;
+            let mut stop_ids = request.stop_token_ids.clone();
+            if !request.ignore_eos {
+                stop_ids.extend(eos);
+            }
+            let seed = request.sampling.seed.map(|seed| seed.wrapping_add(choice as u64));
+            let sampling = SamplingParams { seed, ..request.sampling.clone() };
+            Self {
+                policy: job.policy.clone(),
+                work: Work::default(),
+                siblings: Vec::new(),
+                choice,
+                prompt_len: request.prompt.len(),
+                cached: 0,
+                completion_len: 0,
+                max_tokens: request.max_tokens,
+                min_tokens: request.min_tokens,
+                stop_ids,
+                sampler: Sampler::new(sampling, &request.prompt),
+                grammar: job.grammar.clone(),
+                text: TextStream::new(text.clone(), &request.prompt, request.skip_special_tokens, request.stop.clone()),
+                logprobs: request.logprobs,
+                trace: request.trace,
+                prompt: None,
+                last_k_l: Vec::new(),
+                pending: Vec::new(),
+                events: job.events.clone(),
+                arrived: job.arrived,
+                last_token: None,
+                admitted: false,
+                slot,
+            }
+        };
+        let mut first = one(0, slots.pop());
+        first.siblings = siblings.into_iter().enumerate().map(|(i, slot)| one(i + 1, Some(slot))).collect();
+        first.prompt = PromptTask::new(&job.request);
+        // The position before the first scored token must be computed, for its logits.
+        let reuse_max = job.request.scoring.map_or(usize::MAX, |s| s.from.saturating_sub(1));
+        (first, NewSeq { tokens: job.request.prompt, root: job.root, reuse_max })
     }
 
     /// Whether the client has left.
@@ -87,65 +151,147 @@ impl Sequence {
         self.events.is_closed()
     }
 
-    /// Told when a chunk of the sequence runs.
-    pub(super) fn runs(&mut self, metrics: &Metrics) {
+    /// Told when the sequence leaves the queue, for the first time or again.
+    pub(super) fn admitted(&mut self, admitted: &Admitted, caches: bool, metrics: &Metrics) {
         if !self.admitted {
             self.admitted = true;
+            self.cached = admitted.cached;
             metrics.admitted(self.arrived.elapsed());
+            if caches {
+                metrics.prefix_looked_up(self.prompt_len, self.cached);
+            }
         }
     }
 
-    fn completion_len(&self) -> usize {
-        self.tokens.len() - self.prompt_len
+    /// Whether a token follows the prompt.
+    pub(super) fn generates(&self) -> bool {
+        self.max_tokens > 0
     }
 
-    /// Samples the next token from `logits` and sends what text it completes. Gives true when the request is over.
-    pub(super) fn advance(&mut self, logits: &mut [f32], metrics: &Metrics) -> bool {
-        let too_early = self.completion_len() < self.min_tokens;
+    /// The prompt token that the logits of `position` are to score, and how many alternatives are wanted.
+    pub(super) fn scores_next(&self, position: usize) -> Option<(TokenId, usize)> {
+        let task = self.prompt.as_ref()?;
+        let top = task.scoring?.top;
+        // What was scored before a preemption is not scored again.
+        let next = position + 1;
+        let wanted = next >= task.report.scores.len() && next < task.tokens.len();
+        wanted.then(|| (task.tokens[next], top))
+    }
+
+    /// Takes the score of the next prompt token.
+    pub(super) fn scored(&mut self, score: TokenScore) {
+        if let Some(task) = &mut self.prompt {
+            task.report.scores.push(Some(score));
+        }
+    }
+
+    /// Takes the experts per MoE layer that the pass over `position` used.
+    pub(super) fn routed(&mut self, position: usize, k_l: &[u16]) {
+        if !self.trace {
+            return;
+        }
+        self.last_k_l = k_l.to_vec();
+        if let Some(told) = self.prompt.as_mut().and_then(|task| task.report.experts.get_mut(position)) {
+            *told = Some(k_l.to_vec());
+        }
+    }
+
+    /// Tells what was asked for of the prompt, once it is computed, and gives the other completions.
+    pub(super) fn prompt_done(&mut self) -> Vec<Sequence> {
+        if let Some(task) = self.prompt.take() {
+            self.send(Event::Prompt(task.report));
+        }
+        let mut siblings = std::mem::take(&mut self.siblings);
+        for sibling in &mut siblings {
+            sibling.admitted = true;
+            sibling.last_k_l.clone_from(&self.last_k_l);
+        }
+        siblings
+    }
+
+    /// Draws the next token from `logits` and sends what text it completes. Nothing, when the completion is over.
+    pub(super) fn advance(&mut self, logits: &mut [f32], metrics: &Metrics) -> Option<TokenId> {
+        let too_early = self.completion_len < self.min_tokens;
         let forbidden: &[TokenId] = if too_early { &self.stop_ids } else { &[] };
-        let Some(id) = self.sampler.sample(logits, forbidden) else {
-            self.fail("the model gave no finite logit for the next token", metrics);
-            return true;
+        let raw = self.logprobs.map(|top| (top, logits.to_vec()));
+        let Some(id) = self.sampler.sample(logits, forbidden, self.grammar.as_mut()) else {
+            self.fail("no token can follow: the model gave no finite logit for one that is allowed", metrics);
+            return None;
         };
-        self.tokens.push(id);
+        self.completion_len += 1;
         let now = Instant::now();
         match self.last_token.replace(now) {
             None => metrics.first_token(now - self.arrived),
             Some(last) => metrics.next_token(now - last),
         }
+        if self.logprobs.is_some() || self.trace {
+            let score = raw.map(|(top, raw)| TokenScore::of(&raw, id, top));
+            let experts = std::mem::take(&mut self.last_k_l);
+            self.pending.push(TokenReport { id, offset: self.text.chars(), score, experts });
+        }
+        let reason = self.end_after(id, too_early, metrics);
+        reason?.map_or(Some(id), |reason| {
+            self.finish(reason, metrics);
+            None
+        })
+    }
+
+    /// Sends the text that `id` completes and tells whether it ends the completion; nothing, if it failed.
+    fn end_after(&mut self, id: TokenId, too_early: bool, metrics: &Metrics) -> Option<Option<FinishReason>> {
         if self.stop_ids.contains(&id) {
             // The stop token itself is no text.
             let (text, _) = self.text.finish();
-            self.send_text(text);
-            return self.finish(FinishReason::Stop, metrics);
+            self.send_text(text, true);
+            return Some(Some(FinishReason::Stop));
         }
+        let complete = match self.grammar.as_mut().map(|grammar| grammar.accept(id)) {
+            None => false,
+            Some(Ok(complete)) => complete,
+            Some(Err(error)) => {
+                self.fail(&format!("the output cannot be held to the grammar asked for: {error}"), metrics);
+                return None;
+            }
+        };
         // A stop string that comes too early stays text.
         let (text, stopped) = self.text.push(id, !too_early);
-        self.send_text(text);
+        self.send_text(text, stopped);
         if stopped {
-            return self.finish(FinishReason::Stop, metrics);
+            return Some(Some(FinishReason::Stop));
         }
-        if self.completion_len() == self.max_tokens {
+        if complete || self.completion_len == self.max_tokens {
             let (text, stopped) = self.text.finish();
-            self.send_text(text);
-            let reason = if stopped { FinishReason::Stop } else { FinishReason::Length };
-            return self.finish(reason, metrics);
+            self.send_text(text, true);
+            let stop = complete || stopped;
+            return Some(Some(if stop { FinishReason::Stop } else { FinishReason::Length }));
         }
-        false
+        Some(None)
     }
 
-    fn send_text(&self, text: String) {
-        if !text.is_empty() {
-            // A full channel is impossible (it has room for every event), a closed one is found by `departed`.
-            let _ = self.events.try_send(Event::Text(text));
+    /// Sends text, and the tokens so far; at the `end` also those without text: the stop token, or what a stop string
+    /// cut off. All that was generated is told.
+    fn send_text(&mut self, text: String, end: bool) {
+        if !text.is_empty() || (end && !self.pending.is_empty()) {
+            let tokens = std::mem::take(&mut self.pending);
+            self.send(Event::Text { choice: self.choice, text, tokens });
         }
     }
 
-    fn finish(&mut self, reason: FinishReason, metrics: &Metrics) -> bool {
-        let usage = Usage { prompt_tokens: self.prompt_len, completion_tokens: self.completion_len(), work: self.work };
+    fn send(&self, event: Event) {
+        // A full channel is impossible (it has room for every event), a closed one is found by `departed`.
+        let _ = self.events.try_send(event);
+    }
+
+    /// Ends the completion as it is.
+    pub(super) fn finish(&mut self, reason: FinishReason, metrics: &Metrics) {
+        let first = self.choice == 0;
+        let usage = Usage {
+            prompt_tokens: if first { self.prompt_len } else { 0 },
+            cached_tokens: if first { self.cached } else { 0 },
+            completion_tokens: self.completion_len,
+            work: self.work,
+        };
         metrics.finished(reason, &usage, self.arrived.elapsed());
-        self.end(Event::Done { reason, usage });
-        true
+        self.end(Event::Done { choice: self.choice, reason, usage });
     }
 
     /// Ends the request with an error.
@@ -157,6 +303,6 @@ impl Sequence {
     fn end(&mut self, event: Event) {
         // Free before the client knows, who may come back at once.
         self.slot = None;
-        let _ = self.events.try_send(event);
+        self.send(event);
     }
 }

@@ -1,5 +1,6 @@
 //! Text and tokens: encoding, and decoding token by token with stop strings.
 
+use super::vocab::TokenBytes;
 use crate::types::TokenId;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ pub struct TextError(String);
 #[derive(Clone)]
 pub struct Text {
     tokenizer: Arc<Tokenizer>,
+    bytes: Arc<TokenBytes>,
     token_bytes_max: usize,
 }
 
@@ -33,21 +35,42 @@ impl Text {
         if last as usize >= vocab {
             return Err(error(&format!("holds token id {last}, but the model has a vocabulary of {vocab}")));
         }
-        Ok(Self { tokenizer: Arc::new(tokenizer), token_bytes_max })
+        let bytes = Arc::new(TokenBytes::new(&tokenizer, vocab));
+        Ok(Self { tokenizer: Arc::new(tokenizer), bytes, token_bytes_max })
     }
 
-    /// Ids of `text`, special tokens added as the tokenizer's post-processor has it.
+    /// Ids of `text`, with the special tokens of the tokenizer's post-processor where these are wanted.
     ///
     /// # Errors
     /// A text the tokenizer cannot take.
-    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TextError> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| TextError(e.to_string()))?;
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TextError> {
+        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| TextError(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The id of the special token `name`.
+    pub(super) fn special_token(&self, name: &str) -> Option<TokenId> {
+        self.tokenizer.token_to_id(name).filter(|id| self.bytes.is_special(*id))
+    }
+
+    /// The bytes of every token.
+    pub(super) fn bytes(&self) -> &Arc<TokenBytes> {
+        &self.bytes
     }
 
     /// Bytes of the longest token: no text of n tokens is longer than n times this.
     pub(super) fn token_bytes_max(&self) -> usize {
         self.token_bytes_max
+    }
+
+    /// The text that each token adds to those before it.
+    pub(super) fn pieces(&self, ids: &[TokenId], skip_special: bool) -> Vec<String> {
+        let mut stream = TextStream::new(self.clone(), &[], skip_special, Vec::new());
+        let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(*id, true).0).collect();
+        if let Some(last) = pieces.last_mut() {
+            last.push_str(&stream.finish().0);
+        }
+        pieces
     }
 
     fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
@@ -79,6 +102,8 @@ pub(super) struct TextStream {
     cut: usize,
     /// Text held back.
     held: String,
+    /// Characters given out.
+    given: usize,
 }
 
 impl TextStream {
@@ -90,7 +115,7 @@ impl TextStream {
         let ids = (CONTEXT_TOKENS..CONTEXT_TOKENS + UNFINISHED_TOKENS_MAX).map(suffix).find(starts);
         let ids = ids.unwrap_or_else(|| suffix(CONTEXT_TOKENS)).to_vec();
         let before = text.decode(&ids, skip_special);
-        Self { text, skip_special, stops, sent: ids.len(), before, cut: 0, ids, held: String::new() }
+        Self { text, skip_special, stops, sent: ids.len(), before, cut: 0, ids, held: String::new(), given: 0 }
     }
 
     /// Adds a token. Gives the text that can be sent, and whether a stop string ended the completion; where it
@@ -101,14 +126,25 @@ impl TextStream {
         self.held.push_str(&fresh);
         let early = if may_stop { String::new() } else { self.past_stops() };
         let (text, stopped) = self.release(false);
-        (early + &text, stopped)
+        self.give(early + &text, stopped)
+    }
+
+    /// Characters of the completion so far, also of those held back.
+    pub(super) fn chars(&self) -> usize {
+        self.given + self.held.chars().count()
+    }
+
+    fn give(&mut self, text: String, stopped: bool) -> (String, bool) {
+        self.given += text.chars().count();
+        (text, stopped)
     }
 
     /// Everything still held back; the completion ends here.
     pub(super) fn finish(&mut self) -> (String, bool) {
         let fresh = self.fresh(true);
         self.held.push_str(&fresh);
-        self.release(true)
+        let (text, stopped) = self.release(true);
+        self.give(text, stopped)
     }
 
     /// Text of the tokens not sent, up to the last whole character (or all of it, if it must be had anyway).
@@ -179,7 +215,7 @@ mod tests {
 
     /// Streams `ids` after a prompt and gives the pieces until a stop string ends it.
     fn stream(text: &Text, ids: &[TokenId], stops: &[&str]) -> (Vec<String>, bool) {
-        let prompt = text.encode("Once upon a time").unwrap();
+        let prompt = text.encode("Once upon a time", false).unwrap();
         let mut stream = TextStream::new(text.clone(), &prompt, true, stops.iter().map(|s| s.to_string()).collect());
         let mut pieces = Vec::new();
         for id in ids {
@@ -198,7 +234,7 @@ mod tests {
     fn characters_of_several_tokens_are_never_split() {
         let text = text();
         let original = "a ☃ and 日本語 and 🦀!";
-        let ids = text.encode(original).unwrap();
+        let ids = text.encode(original, false).unwrap();
         assert!(ids.len() > original.chars().count(), "the tokenizer knows these characters whole: nothing is tested");
         let (pieces, stopped) = stream(&text, &ids, &[]);
         assert_eq!((pieces.concat().as_str(), stopped), (original, false));
@@ -220,7 +256,9 @@ mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": true, "vocab": vocab, "merges": []},
         });
-        Text { tokenizer: Arc::new(json.to_string().parse().unwrap()), token_bytes_max: 8 }
+        let tokenizer: Tokenizer = json.to_string().parse().unwrap();
+        let bytes = Arc::new(TokenBytes::new(&tokenizer, 257));
+        Text { tokenizer: Arc::new(tokenizer), bytes, token_bytes_max: 8 }
     }
 
     #[test]
@@ -240,7 +278,7 @@ mod tests {
     #[test]
     fn bytes_that_are_no_character_come_out_as_replacements_and_do_not_pile_up() {
         let text = text();
-        let crab = text.encode("🦀").unwrap();
+        let crab = text.encode("🦀", false).unwrap();
         let (pieces, _) = stream(&text, &crab[..1].repeat(12), &[]);
         assert!(pieces.concat().contains('\u{FFFD}'));
         assert!(pieces[..10].iter().any(|p| !p.is_empty()), "all was held back: {pieces:?}");
@@ -249,7 +287,7 @@ mod tests {
     #[test]
     fn a_stop_string_across_tokens_ends_the_text_before_it_and_leaks_nothing() {
         let text = text();
-        let ids = text.encode("The cat sat on the mat. END of the story.").unwrap();
+        let ids = text.encode("The cat sat on the mat. END of the story.", false).unwrap();
         let (pieces, stopped) = stream(&text, &ids, &["mat. END", "story"]);
         assert!(stopped);
         assert_eq!(pieces.concat(), "The cat sat on the ");
@@ -260,7 +298,7 @@ mod tests {
     #[test]
     fn a_stop_string_before_the_least_length_is_text() {
         let text = text();
-        let ids = text.encode("END and again END and more").unwrap();
+        let ids = text.encode("END and again END and more", false).unwrap();
         let mut stream = TextStream::new(text.clone(), &[0], true, vec!["END".into()]);
         let mut pieces = String::new();
         let mut stopped = false;
@@ -289,7 +327,7 @@ mod tests {
             words in proptest::collection::vec("[a-c ☃é]{1,6}", 1..12), stop in "[a-c]{1,3}"
         ) {
             let text = text();
-            let ids = text.encode(&words.join(" ")).unwrap();
+            let ids = text.encode(&words.join(" "), false).unwrap();
             let (whole, _) = stream(&text, &ids, &[]);
             let whole = whole.concat();
             let (pieces, stopped) = stream(&text, &ids, &[&stop]);

@@ -1,13 +1,15 @@
 //! The engine's thread, and the handle that the rest of the program holds.
 
 use super::api::{Events, Generate, ModelInfo, SubmitError};
-use super::core::{BLOCK_SIZE, Core, EngineConfig, KvPlan, StartError};
+use super::core::{BLOCK_SIZE, Core, EngineConfig, KvPlan, RequestRouters, StartError};
+use super::grammar::{Grammar, GrammarError, Grammars};
 use super::metrics::Metrics;
 use super::sequence::{Job, Slot};
 use super::text::Text;
 use crate::model::Loaded;
 use crate::moe::Policy;
-use crate::types::{GenerateRequest, Limits, MoeShape, TokenId};
+use crate::sched::BlockHash;
+use crate::types::{GenerateRequest, Limits, MoeShape, SpecError, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,7 +25,10 @@ pub struct Engine {
     metrics: Metrics,
     moe: MoeShape,
     policy: Arc<Policy>,
-    /// None once draining. Holds at most `info.unfinished_max` jobs: each has one of as many slots.
+    prefix_cache: bool,
+    request_routers: Option<RequestRouters>,
+    grammars: Grammars,
+    /// None once draining. Holds at most `info.unfinished_max` jobs: each has at least one of as many slots.
     jobs: Mutex<Option<Sender<Job>>>,
     unfinished: Arc<AtomicUsize>,
     kv_bytes: u64,
@@ -48,9 +53,10 @@ impl Engine {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let limits = Limits { vocab: shape.vocab, max_model_len: kv.max_model_len };
         let unfinished_max = config.max_num_seqs + config.max_queue;
-        let router = format!("{}: {}", policy.spec(), policy.describe());
-        let info = ModelInfo { name, router, limits, unfinished_max, created };
+        let (router, router_means) = (policy.spec().clone(), policy.describe());
+        let info = ModelInfo { name, router, router_means, limits, unfinished_max, created };
         let moe = shape.moe;
+        let grammars = Grammars::new(text.bytes().clone(), &loaded.eos);
         let (sender, receiver) = channel();
         let core = Core::new(loaded, text.clone(), &config, &kv, metrics.clone())?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || run(core, &receiver))?;
@@ -60,6 +66,9 @@ impl Engine {
             metrics,
             moe,
             policy: Arc::new(policy),
+            prefix_cache: config.prefix_cache,
+            request_routers: config.request_routers,
+            grammars,
             jobs: Mutex::new(Some(sender)),
             unfinished: Arc::default(),
             kv_bytes: kv.bytes,
@@ -87,21 +96,54 @@ impl Engine {
         }
     }
 
-    fn policy_of(&self, request: &GenerateRequest) -> Result<Arc<Policy>, SubmitError> {
-        match &request.router {
-            None => Ok(self.policy.clone()),
-            Some(spec) => Ok(Arc::new(Policy::build(spec, &self.moe)?)),
+    /// The policy of a request, which must be within what the operator allows.
+    fn policy_of(&self, request: &GenerateRequest) -> Result<Arc<Policy>, SpecError> {
+        let Some(spec) = request.router.as_ref().filter(|spec| **spec != self.info.router) else {
+            return Ok(self.policy.clone());
+        };
+        let Some(allowed) = &self.request_routers else {
+            return Err(spec.error(
+                "this server takes no router from requests; leave it out, or start the server with --allow-request-router",
+            ));
+        };
+        if !allowed.names.is_empty() && !allowed.names.contains(&spec.name) {
+            let names = allowed.names.join(", ");
+            return Err(spec.error(format!("this server lets requests choose among {names} alone")));
         }
+        let policy = Policy::build(spec, &self.moe)?;
+        let (k, k_max) = (policy.experts_max(), allowed.experts_max.unwrap_or(self.moe.top_k));
+        if k > k_max {
+            let problem = format!(
+                "can use {k} experts per token, but this server allows requests {k_max} (--request-experts-max); lower \
+                 its k, or give it a max of at most {k_max} where it takes one"
+            );
+            return Err(spec.error(problem));
+        }
+        Ok(Arc::new(policy))
+    }
+
+    fn grammar_of(&self, request: &GenerateRequest) -> Result<Option<Grammar>, SubmitError> {
+        let compile = |spec| {
+            self.grammars.compile(spec).map_err(|error| match error {
+                GrammarError::Busy => SubmitError::Busy(error.to_string()),
+                GrammarError::Invalid(_) | GrammarError::Stuck(_) => SubmitError::Grammar(error.to_string()),
+            })
+        };
+        request.grammar.as_ref().map(compile).transpose()
     }
 
     fn queue(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
         request.check(&self.info.limits)?;
         let policy = self.policy_of(&request)?;
+        let grammar = self.grammar_of(&request)?;
         let full = |unfinished| SubmitError::QueueFull { unfinished, limit: self.info.unfinished_max };
-        let slot = Slot::take(&self.unfinished, self.info.unfinished_max).map_err(full)?;
-        // A text per token, the held-back rest, and the end.
-        let (events, receiver) = mpsc::channel(request.max_tokens + 2);
-        let job = Job { request, policy, events, arrived: Instant::now(), slot };
+        let slots = Slot::take(&self.unfinished, request.n, self.info.unfinished_max).map_err(full)?;
+        // The prompt; and of every completion a text per token, the held-back rest, and the end.
+        let (events, receiver) = mpsc::channel(1 + request.n * (request.max_tokens + 2));
+        // Who is routed by what else is in the batch computes nothing that others could use.
+        let shares = self.prefix_cache && policy.batch_invariant();
+        let root = shares.then(|| BlockHash::root(&policy.spec().to_string(), &request.cache_salt));
+        let job = Job { request, policy, root, grammar, events, arrived: Instant::now(), slots };
         match &*lock(&self.jobs) {
             Some(jobs) if jobs.send(job).is_ok() => Ok(Events::new(receiver)),
             _ => Err(SubmitError::Stopping),
@@ -114,19 +156,32 @@ impl Generate for Engine {
         &self.info
     }
 
-    fn encode(&self, text: &str) -> Result<Vec<TokenId>, String> {
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, String> {
         let max = self.info.limits.max_model_len;
         if text.len() > max.saturating_mul(self.text.token_bytes_max()) {
             let bytes = text.len();
             return Err(format!("prompt has {bytes} bytes, but the context of this model is {max} tokens: shorten it"));
         }
-        self.text.encode(text).map_err(|e| e.to_string())
+        self.text.encode(text, add_special_tokens).map_err(|e| e.to_string())
+    }
+
+    fn pieces(&self, ids: &[TokenId], skip_special_tokens: bool) -> Vec<String> {
+        self.text.pieces(ids, skip_special_tokens)
+    }
+
+    fn special_token(&self, name: &str) -> Option<TokenId> {
+        self.text.special_token(name)
+    }
+
+    fn token_bytes(&self, id: TokenId) -> Vec<u8> {
+        self.text.bytes().bytes(id).to_vec()
     }
 
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
         self.queue(request).inspect_err(|error| match error {
-            SubmitError::Limit(_) | SubmitError::Router(_) => {}
+            SubmitError::Limit(_) | SubmitError::Router(_) | SubmitError::Grammar(_) => {}
             SubmitError::QueueFull { .. } => self.metrics.rejected("queue_full"),
+            SubmitError::Busy(_) => self.metrics.rejected("grammar_busy"),
             SubmitError::Stopping => self.metrics.rejected("stopping"),
         })
     }

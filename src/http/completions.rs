@@ -1,89 +1,98 @@
 //! `POST /v1/completions`, whole or streamed.
 
-use super::App;
+use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_name};
 use super::error::ApiError;
-use crate::engine::api::{Event, Events, Generate, ModelInfo};
-use crate::types::{FinishReason, GenerateRequest, SamplingParams, TokenId, Usage};
-use crate::wire::{Choice, Chunk, ChunkChoice, CompletionRequest, CompletionResponse, PromptItem, Stop, UsageBody};
+use super::prepare::{check_model, prepared, request, streaming, submit};
+use super::{App, Service};
+use crate::engine::api::{Events, Generate, PromptReport, TokenReport, TokenScore};
+use crate::types::{FinishReason, GenerateRequest, N_MAX, PromptScoring, RouterSpec, TokenId, Usage};
+use crate::wire::{
+    Choice, Chunk, ChunkChoice, CompletionRequest, CompletionResponse, Logprobs, MoeTrace, PromptItem, PromptLogprob,
+    UsageBody,
+};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures::stream::{self, SelectAll, Stream, StreamExt};
-use serde::Serialize;
-use std::convert::Infallible;
-use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::Semaphore;
+use serde_json::Map;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Prompts in one request.
 const PROMPTS_MAX: usize = 128;
 /// OpenAI's default for `max_tokens`.
 const MAX_TOKENS_DEFAULT: usize = 16;
 
-/// Requests that are read and encoded at the same time: both take memory and time by the size of the prompt.
-static PREPARING: Semaphore = Semaphore::const_new(4);
-
-pub(super) async fn create(State(generate): App, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+pub(super) async fn create(State(service): App, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
     let body = body?;
-    let head = Head::new(generate.info());
-    // A long prompt takes milliseconds to read and encode: not on a thread that serves sockets.
-    let prepared = match PREPARING.acquire().await {
-        // The work holds the permit, not this future: a client that leaves ends the future, not the work.
-        Ok(permit) => {
-            let prepare = move || {
-                let _permit = permit;
-                Submitted::new(generate.as_ref(), &body)
-            };
-            tokio::task::spawn_blocking(prepare).await
-        }
-        Err(_) => return Err(ApiError::unavailable("the server is shutting down")),
-    };
-    let submitted = prepared.map_err(|e| ApiError::engine(format!("the request could not be prepared: {e}")))??;
-    if submitted.stream {
-        return Ok(streamed(head, submitted.events, submitted.include_usage).into_response());
+    let head = Head::new("cmpl", service.generate.as_ref());
+    let Submitted { events, form, stream } = prepared(move || Submitted::new(&service, &body)).await?;
+    if let Some(include_usage) = stream {
+        let n = form.n;
+        return Ok(streamed(Streamed { head, form }, events, n, include_usage));
     }
-    Ok(Json(collected(head, submitted.events).await?).into_response())
+    let (answers, usage) = collected(events, form.of).await?;
+    let usage = UsageBody::new(&usage, &form.router);
+    let choices = form.choices(answers);
+    let Head { id, created, model } = head;
+    Ok(Json(CompletionResponse { id, object: OBJECT.into(), created, model, choices, usage }).into_response())
 }
+
+const OBJECT: &str = "text_completion";
 
 /// A request whose prompts are queued.
 struct Submitted {
     events: Vec<Events>,
-    stream: bool,
-    include_usage: bool,
+    form: Form,
+    /// If it is streamed, whether with usage.
+    stream: Option<bool>,
+}
+
+/// What the answer is to look like.
+struct Form {
+    generate: Arc<dyn Generate>,
+    router: RouterSpec,
+    /// Completions told of every prompt, and made.
+    n: usize,
+    of: usize,
+    /// The prompts, where they are told again.
+    echo: Option<Vec<Echo>>,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    as_ids: bool,
+    trace: bool,
+    /// Prompts, where their tokens are told.
+    prompts: Vec<Vec<TokenId>>,
+}
+
+/// A prompt that is told again.
+struct Echo {
+    text: String,
+    /// Characters before each token.
+    offsets: Vec<usize>,
+    chars: usize,
 }
 
 impl Submitted {
-    /// Submits every prompt of the request. If one is refused, those before it are abandoned.
-    fn new(generate: &dyn Generate, body: &[u8]) -> Result<Self, ApiError> {
+    fn new(service: &Arc<Service>, body: &[u8]) -> Result<Self, ApiError> {
         let request = CompletionRequest::parse(body)?;
-        let info = generate.info();
-        if let Some(asked) = &request.model
-            && *asked != info.name
-        {
-            return Err(ApiError::no_model(asked, &info.name));
-        }
-        let stream = request.stream.unwrap_or(false);
-        if request.stream_options.is_some() && !stream {
-            return Err(ApiError::invalid(
-                Some("stream_options"),
-                "stream_options is allowed only with \"stream\": true",
-            ));
-        }
-        let include_usage = request.stream_options.is_some_and(|o| o.include_usage);
-        let requests = validate(generate, request)?;
-        // All are checked before any is queued.
-        requests.iter().try_for_each(|r| r.check(&info.limits))?;
-        let events =
-            requests.into_iter().map(|r| generate.submit(r).map_err(ApiError::from)).collect::<Result<_, _>>()?;
-        Ok(Self { events, stream, include_usage })
+        let generate = service.generate.as_ref();
+        check_model(request.common.model.as_ref(), generate)?;
+        let stream = streaming(&request.common)?;
+        let (requests, form) = validate(service, request, stream.is_some())?;
+        Ok(Self { events: submit(service, requests)?, form, stream })
     }
 }
 
-/// Makes the engine's requests of the API's: one per prompt.
-fn validate(generate: &dyn Generate, mut request: CompletionRequest) -> Result<Vec<GenerateRequest>, ApiError> {
-    let prompt = request.prompt.take().ok_or_else(|| ApiError::invalid(Some("prompt"), "prompt is required"))?;
+/// Makes the engine's requests of the API's, one per prompt, and the form of the answer.
+fn validate(
+    service: &Arc<Service>,
+    mut asked: CompletionRequest,
+    stream: bool,
+) -> Result<(Vec<GenerateRequest>, Form), ApiError> {
+    let generate = service.generate.as_ref();
+    let prompt = asked.prompt.take().ok_or_else(|| ApiError::invalid(Some("prompt"), "prompt is required"))?;
     let prompts = prompt.items();
     let info = generate.info();
     let prompts_max = PROMPTS_MAX.min(info.unfinished_max);
@@ -91,187 +100,253 @@ fn validate(generate: &dyn Generate, mut request: CompletionRequest) -> Result<V
         let message = format!("prompt must hold 1 to {prompts_max} prompts; got {}", prompts.len());
         return Err(ApiError::invalid(Some("prompt"), message));
     }
-    let sampling = sampling(&request)?;
-    let stop = request.stop.map(Stop::list).unwrap_or_default();
-    let encode = |item| -> Result<Vec<TokenId>, ApiError> {
-        match item {
-            PromptItem::Tokens(ids) => Ok(ids),
-            PromptItem::Text(text) => generate.encode(&text).map_err(|e| ApiError::invalid(Some("prompt"), e)),
-        }
-    };
-    let one = |item| -> Result<GenerateRequest, ApiError> {
-        let prompt = encode(item)?;
+    let echo = asked.echo.unwrap_or(false);
+    let base = base(service, &asked, stream)?;
+    let mut requests = Vec::with_capacity(prompts.len());
+    let mut echoes = Vec::new();
+    for item in prompts {
+        let (ids, text) = match item {
+            PromptItem::Tokens(ids) => (ids, None),
+            PromptItem::Text(text) => {
+                let ids = generate.encode(&text, true).map_err(|e| ApiError::invalid(Some("prompt"), e))?;
+                (ids, Some(text))
+            }
+        };
         // The default gives way to the context; what was asked for does not.
-        let room = info.limits.max_model_len.saturating_sub(prompt.len()).max(1);
-        Ok(GenerateRequest {
-            prompt,
-            max_tokens: request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT.min(room)),
-            min_tokens: request.min_tokens.unwrap_or(0),
-            sampling: sampling.clone(),
-            stop: stop.clone(),
-            stop_token_ids: request.stop_token_ids.clone().unwrap_or_default(),
-            ignore_eos: request.ignore_eos.unwrap_or(false),
-            skip_special_tokens: request.skip_special_tokens.unwrap_or(true),
-            router: None,
-        })
+        let room = info.limits.max_model_len.saturating_sub(ids.len()).max(1);
+        let max_tokens = asked.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT.min(room));
+        let request = GenerateRequest { prompt: ids, max_tokens, ..base.clone() };
+        // Before the prompt's own text is made of ids that may be none.
+        request.check(&info.limits)?;
+        if echo {
+            echoes.push(Echo::new(generate, &request, text));
+        }
+        requests.push(request);
+    }
+    let told = base.scoring.is_some();
+    let form = Form {
+        generate: service.generate.clone(),
+        router: base.router.clone().unwrap_or_else(|| info.router.clone()),
+        n: asked.common.n.unwrap_or(1),
+        of: base.n,
+        echo: echo.then_some(echoes),
+        logprobs: asked.logprobs,
+        prompt_logprobs: asked.prompt_logprobs,
+        as_ids: asked.return_tokens_as_token_ids.unwrap_or(false),
+        trace: base.trace,
+        prompts: if told { requests.iter().map(|r| r.prompt.clone()).collect() } else { Vec::new() },
     };
-    prompts.into_iter().map(one).collect()
+    Ok((requests, form))
 }
 
-fn sampling(request: &CompletionRequest) -> Result<SamplingParams, ApiError> {
-    let default = SamplingParams::default();
-    let top_k = match request.top_k.unwrap_or(0) {
-        -1 => 0,
-        k => u32::try_from(k).map_err(|_| {
-            ApiError::invalid(Some("top_k"), format!("top_k must be -1 or 0 (off) up to {}; got {k}", u32::MAX))
-        })?,
-    };
-    Ok(SamplingParams {
-        temperature: request.temperature.unwrap_or(default.temperature),
-        top_p: request.top_p.unwrap_or(default.top_p),
-        top_k,
-        min_p: request.min_p.unwrap_or(default.min_p),
-        presence_penalty: request.presence_penalty.unwrap_or(default.presence_penalty),
-        frequency_penalty: request.frequency_penalty.unwrap_or(default.frequency_penalty),
-        repetition_penalty: request.repetition_penalty.unwrap_or(default.repetition_penalty),
-        // Any 64 bits make a seed; the sign is one of them.
-        seed: request.seed.map(|seed| seed as u64),
-    })
-}
-
-/// What all parts of an answer share.
-#[derive(Clone)]
-struct Head {
-    id: String,
-    created: u64,
-    model: String,
-}
-
-impl Head {
-    fn new(info: &ModelInfo) -> Self {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let id = format!("cmpl-{:x}-{:x}", now.as_micros(), COUNT.fetch_add(1, Ordering::Relaxed));
-        Self { id, created: now.as_secs(), model: info.name.clone() }
+/// The request of every prompt, but for the prompt.
+fn base(service: &Service, asked: &CompletionRequest, stream: bool) -> Result<GenerateRequest, ApiError> {
+    let base = request(&asked.common, &service.options)?;
+    let echo = asked.echo.unwrap_or(false);
+    let n = base.n;
+    let of = asked.best_of.unwrap_or(n);
+    if asked.best_of.is_some() && (of < n || of > N_MAX) {
+        let message = format!("best_of must be between n ({n}) and {N_MAX}; got {of}");
+        return Err(ApiError::invalid(Some("best_of"), message));
     }
-
-    fn chunk(&self, choices: Vec<ChunkChoice>, usage: Option<UsageBody>) -> Chunk {
-        let Self { id, created, model } = self.clone();
-        Chunk { id, object: "text_completion".into(), created, model, choices, usage }
+    if stream && of > n {
+        let message = format!("best_of must equal n ({n}) in a streamed answer: which is best is known at the end");
+        return Err(ApiError::invalid(Some("best_of"), message));
     }
+    if stream && asked.prompt_logprobs.is_some() {
+        let message = "prompt_logprobs cannot be streamed; use echo with logprobs, or leave out stream";
+        return Err(ApiError::invalid(Some("prompt_logprobs"), message));
+    }
+    if asked.max_tokens == Some(0) && !echo && asked.prompt_logprobs.is_none() {
+        let message = "max_tokens must be at least 1 without echo or prompt_logprobs; got 0";
+        return Err(ApiError::invalid(Some("max_tokens"), message));
+    }
+    let top = asked.prompt_logprobs.max(asked.logprobs.filter(|_| echo));
+    // To choose the best, log-probabilities are needed.
+    let logprobs = asked.logprobs.or((of > n).then_some(0));
+    Ok(GenerateRequest { n: of, logprobs, scoring: top.map(|top| PromptScoring { top, from: 1 }), ..base })
 }
 
-/// Adds up what the prompts of one request used.
-#[derive(Default)]
-struct Total(Usage);
-
-impl Total {
-    fn add(&mut self, usage: &Usage) {
-        self.0.prompt_tokens += usage.prompt_tokens;
-        self.0.completion_tokens += usage.completion_tokens;
-        self.0.work += usage.work;
-    }
-}
-
-async fn collected(head: Head, events: Vec<Events>) -> Result<CompletionResponse, ApiError> {
-    let mut total = Total::default();
-    let mut choices = Vec::with_capacity(events.len());
-    for (index, mut events) in events.into_iter().enumerate() {
-        let mut text = String::new();
-        let reason = loop {
-            match events.next().await {
-                Some(Event::Text(more)) => text.push_str(&more),
-                Some(Event::Done { reason, usage }) => {
-                    total.add(&usage);
-                    break reason;
-                }
-                Some(Event::Failed(message)) => return Err(ApiError::engine(message)),
-                None => return Err(ApiError::engine("the engine stopped before the request was finished".into())),
-            }
+impl Echo {
+    fn new(generate: &dyn Generate, request: &GenerateRequest, text: Option<String>) -> Self {
+        let pieces = match (&text, &request.scoring) {
+            (Some(_), None) => Vec::new(),
+            _ => generate.pieces(&request.prompt, request.skip_special_tokens),
         };
-        choices.push(Choice { index, text, logprobs: None, finish_reason: reason.as_str().into() });
+        let offsets = pieces.iter().scan(0, |chars, piece| {
+            let before = *chars;
+            *chars += piece.chars().count();
+            Some(before)
+        });
+        let offsets = offsets.collect();
+        let text = text.unwrap_or_else(|| pieces.concat());
+        Self { offsets, chars: text.chars().count(), text }
     }
-    let Head { id, created, model } = head;
-    let usage = UsageBody::from(&total.0);
-    Ok(CompletionResponse { id, object: "text_completion".into(), created, model, choices, usage })
 }
 
-/// State of a streamed answer.
-struct Streaming {
-    head: Head,
-    events: SelectAll<stream::BoxStream<'static, (usize, Event)>>,
-    unfinished: usize,
-    total: Total,
-    include_usage: bool,
-    stage: Stage,
-}
-
-#[derive(PartialEq)]
-enum Stage {
-    Choices,
-    Usage,
-    Done,
-    Over,
-}
-
-fn streamed(
-    head: Head,
-    events: Vec<Events>,
-    include_usage: bool,
-) -> Sse<impl Stream<Item = Result<sse::Event, Infallible>>> {
-    let unfinished = events.len();
-    let numbered = events.into_iter().enumerate().map(|(index, events)| events.map(move |e| (index, e)).boxed());
-    let events = stream::select_all(numbered);
-    let state = Streaming { head, events, unfinished, total: Total::default(), include_usage, stage: Stage::Choices };
-    let parts = stream::unfold(state, |mut state| async move {
-        let event = state.next().await?;
-        Some((Ok(event), state))
-    });
-    Sse::new(parts).keep_alive(KeepAlive::default())
-}
-
-impl Streaming {
-    /// The next server-sent event: pieces of choices, then the usage if asked for, then `[DONE]`.
-    async fn next(&mut self) -> Option<sse::Event> {
-        match self.stage {
-            Stage::Choices => Some(self.choice().await),
-            Stage::Usage => {
-                self.stage = Stage::Done;
-                Some(data(&self.head.chunk(Vec::new(), Some(UsageBody::from(&self.total.0)))))
+impl Form {
+    fn choices(&self, answers: Vec<Answered>) -> Vec<Choice> {
+        let mut choices = Vec::with_capacity(answers.len() * self.n);
+        for (prompt, Answered { prompt: report, choices: mut completed }) in answers.into_iter().enumerate() {
+            if self.of > self.n {
+                completed.sort_by(|a, b| mean_logprob(b).total_cmp(&mean_logprob(a)));
+                completed.truncate(self.n);
             }
-            Stage::Done => {
-                self.stage = Stage::Over;
-                Some(sse::Event::default().data("[DONE]"))
+            for done in completed {
+                choices.push(self.choice(choices.len(), prompt, &report, done));
             }
-            Stage::Over => None,
+        }
+        choices
+    }
+
+    fn choice(&self, index: usize, prompt: usize, report: &PromptReport, done: Completed) -> Choice {
+        let mut text = self.echoed(prompt);
+        text.push_str(&done.text);
+        let logprobs = self.logprobs.map(|_| {
+            let mut logprobs = self.prompt_logprobs(prompt, report);
+            self.add_tokens(&mut logprobs, prompt, &done.tokens);
+            logprobs
+        });
+        let moe_trace = self.trace.then(|| MoeTrace {
+            prompt: Some(report.experts.clone()),
+            completion: done.tokens.into_iter().map(|t| t.experts).collect(),
+        });
+        let prompt_logprobs = self.prompt_logprobs.map(|top| self.by_id(prompt, report, top));
+        Choice { index, text, logprobs, finish_reason: done.reason.as_str().into(), prompt_logprobs, moe_trace }
+    }
+
+    fn echoed(&self, prompt: usize) -> String {
+        self.echo.as_ref().map_or_else(String::new, |e| e[prompt].text.clone())
+    }
+
+    /// The prompt's part of `logprobs`: nothing, unless the prompt is told again.
+    fn prompt_logprobs(&self, prompt: usize, report: &PromptReport) -> Logprobs {
+        let mut logprobs = Logprobs::default();
+        if let Some(echo) = &self.echo {
+            let offsets = &echo[prompt].offsets;
+            for ((id, score), offset) in self.prompts[prompt].iter().zip(&report.scores).zip(offsets) {
+                self.add(&mut logprobs, *id, score.as_ref(), *offset);
+            }
+        }
+        logprobs
+    }
+
+    fn add_tokens(&self, logprobs: &mut Logprobs, prompt: usize, tokens: &[TokenReport]) {
+        let before = self.echo.as_ref().map_or(0, |e| e[prompt].chars);
+        for token in tokens {
+            self.add(logprobs, token.id, token.score.as_ref(), before + token.offset);
         }
     }
 
-    async fn choice(&mut self) -> sse::Event {
-        let (index, text, reason) = match self.events.next().await {
-            Some((index, Event::Text(text))) => (index, text, None),
-            Some((index, Event::Done { reason, usage })) => {
-                self.total.add(&usage);
-                self.unfinished -= 1;
-                if self.unfinished == 0 {
-                    self.stage = if self.include_usage { Stage::Usage } else { Stage::Done };
-                }
-                (index, String::new(), Some(reason))
-            }
-            Some((_, Event::Failed(message))) => return self.failed(message),
-            None => return self.failed("the engine stopped before the request was finished".into()),
-        };
-        let finish_reason = reason.map(FinishReason::as_str).map(Into::into);
-        data(&self.head.chunk(vec![ChunkChoice { index, text, logprobs: None, finish_reason }], None))
+    fn name(&self, id: TokenId) -> String {
+        if self.as_ids { format!("token_id:{id}") } else { token_name(self.generate.as_ref(), id) }
     }
 
-    fn failed(&mut self, message: String) -> sse::Event {
-        self.stage = Stage::Done;
-        data(&ApiError::engine(message).body())
+    fn add(&self, to: &mut Logprobs, id: TokenId, score: Option<&TokenScore>, offset: usize) {
+        let name = self.name(id);
+        let top = score.map(|score| {
+            let mut top = Map::new();
+            let told =
+                score.top.iter().take(self.logprobs.unwrap_or(0)).map(|(id, logprob)| (self.name(*id), *logprob));
+            // The likeliest come first, and of two with the same text the likelier one stays.
+            for (name, logprob) in told.chain([(name.clone(), score.logprob)]) {
+                top.entry(name).or_insert_with(|| decimal(logprob).into());
+            }
+            top
+        });
+        to.tokens.push(name);
+        to.token_logprobs.push(score.map(|s| decimal(s.logprob)));
+        to.top_logprobs.push(top);
+        to.text_offset.push(offset);
+    }
+
+    /// `prompt_logprobs`: the `top` likeliest tokens and the one that stands there, by id.
+    fn by_id(&self, prompt: usize, report: &PromptReport, top: usize) -> Vec<Option<BTreeMap<String, PromptLogprob>>> {
+        let entry = |id: TokenId, logprob: f32, rank: u32| {
+            let decoded_token = token_name(self.generate.as_ref(), id);
+            (id.to_string(), PromptLogprob { logprob, rank, decoded_token })
+        };
+        let told = |(id, score): (&TokenId, &Option<TokenScore>)| {
+            let score = score.as_ref()?;
+            let best = score.top.iter().take(top).zip(1..).map(|((id, logprob), rank)| entry(*id, *logprob, rank));
+            Some(best.chain([entry(*id, score.logprob, score.rank)]).collect())
+        };
+        self.prompts[prompt].iter().zip(&report.scores).map(told).collect()
     }
 }
 
-fn data(body: &impl Serialize) -> sse::Event {
-    // These types hold strings, numbers and lists: they always serialise.
-    sse::Event::default().data(serde_json::to_string(body).unwrap_or_default())
+/// The shortest decimal number that is this one in 32 bits: the same digits wherever it is written.
+fn decimal(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
+fn mean_logprob(done: &Completed) -> f64 {
+    let scores = done.tokens.iter().filter_map(|t| t.score.as_ref());
+    let (sum, count) = scores.fold((0.0, 0), |(sum, count), s| (sum + f64::from(s.logprob), count + 1));
+    sum / f64::from(count.max(1))
+}
+
+/// A streamed answer.
+struct Streamed {
+    head: Head,
+    form: Form,
+}
+
+impl Streamed {
+    fn chunk(&self, choice: ChunkChoice) -> String {
+        self.write(vec![choice], None)
+    }
+
+    fn write(&self, choices: Vec<ChunkChoice>, usage: Option<UsageBody>) -> String {
+        let Head { id, created, model } = self.head.clone();
+        json(&Chunk { id, object: OBJECT.into(), created, model, choices, usage })
+    }
+
+    /// Pieces with the prompt's text, one for each of its completions.
+    fn echo(&self, prompt: usize, report: &PromptReport) -> Vec<String> {
+        let first = prompt * self.form.n;
+        let pieces = (first..first + self.form.n).map(|index| {
+            let logprobs = self.form.logprobs.map(|_| self.form.prompt_logprobs(prompt, report));
+            let trace = MoeTrace { prompt: Some(report.experts.clone()), completion: Vec::new() };
+            let moe_trace = self.form.trace.then_some(trace);
+            self.chunk(ChunkChoice { index, text: self.form.echoed(prompt), logprobs, moe_trace, finish_reason: None })
+        });
+        pieces.collect()
+    }
+}
+
+impl Pieces for Streamed {
+    fn begin(&mut self) -> Vec<String> {
+        // Where the prompt has to be computed for what is told of it, it is told then.
+        match &self.form.echo {
+            Some(echo) if self.form.logprobs.is_none() && !self.form.trace => {
+                (0..echo.len()).flat_map(|prompt| self.echo(prompt, &PromptReport::default())).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn prompt(&mut self, prompt: usize, report: PromptReport) -> Vec<String> {
+        self.echo(prompt, &report)
+    }
+
+    fn text(&mut self, index: usize, text: String, tokens: Vec<TokenReport>) -> Vec<String> {
+        let logprobs = self.form.logprobs.map(|_| {
+            let mut logprobs = Logprobs::default();
+            self.form.add_tokens(&mut logprobs, index / self.form.n, &tokens);
+            logprobs
+        });
+        let completion = tokens.into_iter().map(|t| t.experts).collect();
+        let moe_trace = self.form.trace.then_some(MoeTrace { prompt: None, completion });
+        vec![self.chunk(ChunkChoice { index, text, logprobs, moe_trace, finish_reason: None })]
+    }
+
+    fn end(&mut self, index: usize, reason: FinishReason) -> Vec<String> {
+        let finish_reason = Some(reason.as_str().into());
+        vec![self.chunk(ChunkChoice { index, finish_reason, ..Default::default() })]
+    }
+
+    fn usage(&mut self, usage: &Usage) -> String {
+        self.write(Vec::new(), Some(UsageBody::new(usage, &self.form.router)))
+    }
 }

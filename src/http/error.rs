@@ -30,6 +30,12 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, param, message.into())
     }
 
+    /// 401
+    pub(super) fn unauthorised(message: &str) -> Self {
+        let code = Some("invalid_api_key");
+        Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", code, None, message.into())
+    }
+
     /// 404 for a model that is not served.
     pub(super) fn no_model(asked: &str, served: &str) -> Self {
         let shown: String = asked.chars().take(200).collect();
@@ -45,9 +51,7 @@ impl ApiError {
 
     /// 404
     pub(super) fn no_route() -> Self {
-        let message =
-            "there is no such path; see /v1/completions, /v1/models, /health, /metrics, /version (chat is not served)"
-                .into();
+        let message = "there is no such path; /docs lists those there are".into();
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", None, None, message)
     }
 
@@ -63,8 +67,8 @@ impl ApiError {
     }
 
     /// 503
-    pub(super) fn unavailable(message: &str) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", None, None, message.into())
+    pub(super) fn unavailable(code: &str, message: &str) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some(code), None, message.into())
     }
 
     pub(super) fn body(self) -> ErrorBody {
@@ -93,7 +97,13 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), None, message)
             }
-            SubmitError::Stopping => Self::unavailable(&message),
+            SubmitError::Grammar(_) => {
+                Self::invalid(Some("response_format"), format!("the output cannot be constrained as asked: {message}"))
+            }
+            SubmitError::Busy(_) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("grammar_busy"), None, message)
+            }
+            SubmitError::Stopping => Self::unavailable("draining", &message),
         }
     }
 }

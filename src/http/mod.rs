@@ -1,53 +1,92 @@
-//! The HTTP server: `app` is the routes over any generator, `serve` runs them until told to stop.
+//! The HTTP server: `app` is the routes over any generator, `wrap` what stands before them, and `serve` runs them until
+//! told to stop.
 
+mod answer;
+mod auth;
+mod body;
+mod chat;
 mod completions;
+mod cors;
 mod error;
 mod models;
+mod pages;
+mod panics;
+mod prepare;
+mod request_id;
+mod serve;
 mod status;
+mod switch;
+mod tls;
+mod tokenize;
 
+pub use auth::{ApiKeys, KeyError};
+pub use cors::{CorsError, cors};
+pub use request_id::RequestId;
+pub use serve::{ConnectionLimits, Transport, serve};
+pub use switch::Switch;
+pub use tls::{Tls, TlsError};
+
+use crate::chat::ChatTemplates;
 use crate::engine::api::Generate;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
+use axum::middleware::from_fn;
 use axum::routing::{get, post};
 use error::ApiError;
-use std::future::Future;
 use std::sync::Arc;
-use tokio::net::TcpListener;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
+
+/// What the routes serve.
+pub struct Service {
+    pub generate: Arc<dyn Generate>,
+    /// How messages become a prompt; without it, there is no chat.
+    pub chat: Option<ChatTemplates>,
+    pub options: ServiceOptions,
+}
+
+/// What requests are allowed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceOptions {
+    /// Whether they may ask for the experts used per token.
+    pub moe_trace: bool,
+}
 
 /// What handlers share.
-type App = State<Arc<dyn Generate>>;
+type App = State<Arc<Service>>;
 
 /// Bytes of a request body: some million tokens of ids.
 const BODY_BYTES_MAX: usize = 16 << 20;
 
-/// All routes over `generate`.
-pub fn app(generate: Arc<dyn Generate>) -> Router {
+/// All routes over `service`.
+pub fn app(service: Service) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::create))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::show))
         .route("/health", get(status::health))
         .route("/metrics", get(status::metrics))
         .route("/version", get(status::version))
+        .merge(pages::routes())
         .fallback(|| async { ApiError::no_route() })
         .method_not_allowed_fallback(|| async { ApiError::wrong_method() })
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(generate)
+        .with_state(Arc::new(service))
 }
 
-/// Serves `app` on `listener`. When `shutdown` resolves, no connection is accepted any more and those there are
-/// finish what they have begun.
+/// Puts every layer around `routes`: request ids and logs, keys, CORS, and panics that become errors.
 ///
-/// # Errors
-/// A failure of the listener.
-pub async fn serve(
-    listener: TcpListener,
-    app: Router,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    // Tokens are small and late ones useless: do not wait to fill packets.
-    let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    axum::serve(listener, app).with_graceful_shutdown(shutdown).await
+/// The order matters: the outermost gives each response its request id, also those of the layers below; a preflight
+/// carries no key, so CORS answers it before the key is asked for, and a browser may read the 401.
+pub fn wrap(mut routes: Router, keys: Option<ApiKeys>, cors: Option<CorsLayer>) -> Router {
+    if let Some(keys) = keys {
+        routes = auth::require_key(routes, keys, pages::OPEN);
+    }
+    if let Some(cors) = cors {
+        routes = routes.layer(cors);
+    }
+    routes.layer(CatchPanicLayer::custom(panics::respond)).layer(from_fn(request_id::trace))
 }

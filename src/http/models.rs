@@ -15,19 +15,19 @@ fn describe(info: &ModelInfo) -> Value {
         "created": info.created,
         "owned_by": "moe-serve",
         "max_model_len": info.limits.max_model_len,
-        "router": info.router,
+        "router": format!("{}: {}", info.router, info.router_means),
     })
 }
 
-pub(super) async fn list(State(generate): App) -> Json<Value> {
-    Json(json!({"object": "list", "data": [describe(generate.info())]}))
+pub(super) async fn list(State(service): App) -> Json<Value> {
+    Json(json!({"object": "list", "data": [describe(service.generate.info())]}))
 }
 
 pub(super) async fn show(
-    State(generate): App,
+    State(service): App,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Path(id) = id.map_err(|e| ApiError::invalid(Some("model"), format!("the model's name cannot be read: {e}")))?;
-    let info = generate.info();
+    let info = service.generate.info();
     if id == info.name { Ok(Json(describe(info))) } else { Err(ApiError::no_model(&id, &info.name)) }
 }

@@ -52,7 +52,7 @@ pub struct StepInput<'a> {
     /// `[T]`
     pub tokens: &'a [TokenId],
     pub layout: &'a StepLayout,
-    /// Rows whose logits are wanted.
+    /// Rows whose final hidden states are wanted.
     pub logit_rows: &'a [u32],
 }
 
@@ -65,8 +65,8 @@ impl CausalLm {
         &self.backend
     }
 
-    /// Runs one step and returns the logits of `logit_rows`, `[rows, vocab]`, or nothing if none are wanted.
-    /// Keys and values go to `kv`; `routes` decides and counts the routing.
+    /// Runs one step and returns the final hidden states of `logit_rows`, `[rows, D]`, or nothing if none are wanted;
+    /// [`Self::logits`] takes them. Keys and values go to `kv`; `routes` decides and counts the routing.
     ///
     /// # Errors
     /// A failure of the device, or a router that breaks an invariant.
@@ -85,9 +85,17 @@ impl CausalLm {
         if step.logit_rows.is_empty() {
             return Ok(None);
         }
-        // The LM head is the largest matrix of a small model: only the rows that are sampled pass it.
-        let x = ops::select_rows(&x, step.logit_rows)?;
-        self.lm_head.forward(&self.norm.forward(&x)?).map(Some)
+        // The LM head is the largest matrix of a small model: only the rows that are asked for pass it.
+        self.norm.forward(&ops::select_rows(&x, step.logit_rows)?).map(Some)
+    }
+
+    /// Logits of rows `start..start + len` of what [`Self::forward`] gave, `[rows, D] → [len, vocab]`. In parts, because
+    /// the logits of a long prompt that is scored would take gigabytes.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn logits(&self, hidden: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+        self.lm_head.forward(&hidden.narrow(0, start, len)?)
     }
 
     fn attend(&self, layer: usize, a: &Attention, x: &Tensor, layout: &StepLayout, kv: &mut KvCache) -> Result<Tensor> {

@@ -21,6 +21,10 @@ pub struct Files {
     pub config: PathBuf,
     pub generation_config: Option<PathBuf>,
     pub tokenizer: PathBuf,
+    /// May hold the chat template.
+    pub tokenizer_config: Option<PathBuf>,
+    /// Where newer checkpoints keep it.
+    pub chat_template: Option<PathBuf>,
     /// One safetensors file, or all shards.
     pub weights: Vec<PathBuf>,
 }
@@ -64,6 +68,8 @@ impl HubOptions {
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
@@ -127,6 +133,7 @@ fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, Lo
         LoadError::Hub(format!("{model} has no {TOKENIZER}; a fast tokenizer file is needed (a tokenizer.model alone can be converted with transformers)"))
     })?;
     let generation_config = find(GENERATION)?;
+    let (tokenizer_config, chat_template) = (find(TOKENIZER_CONFIG)?, find(CHAT_TEMPLATE)?);
     let weights = match find(INDEX)? {
         Some(index) => {
             let mut shards = Vec::new();
@@ -144,7 +151,7 @@ fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, Lo
             ))
         })?],
     };
-    Ok(Files { config, generation_config, tokenizer, weights })
+    Ok(Files { config, generation_config, tokenizer, tokenizer_config, chat_template, weights })
 }
 
 /// The distinct files that an index maps tensors to.

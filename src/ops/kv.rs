@@ -49,6 +49,24 @@ impl KvCache {
     pub fn shape(&self) -> &KvShape {
         &self.shape
     }
+
+    /// Copies keys and values of all layers from block to block, one pair after the other: (from, to).
+    ///
+    /// # Errors
+    /// A block that there is not, or one copied to itself.
+    pub fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<()> {
+        for (from, to) in copies {
+            if from == to || from.0.max(to.0) as usize >= self.shape.blocks {
+                candle_core::bail!("KV block {} cannot be copied to {} of {}", from.0, to.0, self.shape.blocks);
+            }
+            match &mut self.inner {
+                Inner::Cpu(store) => store.copy_block(from.0 as usize, to.0 as usize),
+                #[cfg(feature = "cuda")]
+                Inner::Cuda(store) => store.copy_block(from.0 as usize, to.0 as usize)?,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The tokens of one sequence in a step: consecutive positions, consecutive rows.

@@ -8,7 +8,10 @@ mod shape;
 mod work;
 
 pub use choice::{DeviceChoice, DtypeChoice};
-pub use request::{FinishReason, GenerateRequest, LimitError, Limits, SamplingParams, Usage};
+pub use request::{
+    FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX, PromptScoring, SamplingParams,
+    Usage,
+};
 pub use router_spec::{RouterSpec, SpecError};
 pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
 pub use work::{Flops, Work};

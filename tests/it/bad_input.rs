@@ -124,10 +124,10 @@ fn wrong_types() -> Vec<Case> {
 
 fn out_of_range() -> Vec<Case> {
     let mut cases = vec![
-        field("max_tokens", json!(-1), &["at least 1", "got -1"]),
-        field("max_tokens", json!(0), &["between 1 and", "got 0"]),
-        field("max_tokens", json!(1024), &["between 1 and", "1024 tokens", "got 1024"]),
-        field("max_tokens", json!(u64::MAX), &["between 1 and", "got 18446744073709551615"]),
+        field("max_tokens", json!(-1), &["at least 0", "got -1"]),
+        field("max_tokens", json!(0), &["at least 1 without echo", "got 0"]),
+        field("max_tokens", json!(1024), &["at most 10", "1024 tokens", "got 1024"]),
+        field("max_tokens", json!(u64::MAX), &["at most 10", "got 18446744073709551615"]),
         field("min_tokens", json!(-1), &["at least 0", "got -1"]),
         field("min_tokens", json!(3), &["at most max_tokens (2)", "got 3"]),
         field("min_tokens", json!(u64::MAX), &["at most max_tokens (2)", "got 18446744073709551615"]),
@@ -174,7 +174,7 @@ fn prompts() -> Vec<Case> {
         field("prompt", json!(vec![[5]; 100_000]), &["1 to 128 prompts", "got 100000"]),
         Case {
             param: Some("max_tokens"),
-            ..field("prompt", json!(vec![5; 1023]), &["between 1 and 1 ", "1023 of the prompt", "got 2"])
+            ..field("prompt", json!(vec![5; 1023]), &["at most 1 ", "1023 of the prompt", "got 2"])
         },
     ]
 }
@@ -184,20 +184,23 @@ fn other_fields() -> Vec<Case> {
     vec![
         Case { status: 404, ..field("model", json!("gpt-4"), &["`gpt-4`", "`stories`"]) },
         Case { status: 404, ..field("model", json!(""), &["``", "`stories`"]) },
-        field("n", json!(2), &unsupported),
-        field("n", json!(0), &unsupported),
-        field("best_of", json!(2), &unsupported),
-        field("echo", json!(true), &unsupported),
-        field("logprobs", json!(0), &unsupported),
-        field("logprobs", json!(5), &unsupported),
-        field("prompt_logprobs", json!(1), &unsupported),
-        field("logit_bias", json!({"5": -100}), &unsupported),
+        field("n", json!(0), &["between 1 and 128", "got 0"]),
+        field("n", json!(129), &["between 1 and 128", "got 129"]),
+        field("best_of", json!(0), &["between n (1) and 128", "got 0"]),
+        field("echo", json!(1), &["true or false", "got 1"]),
+        field("logprobs", json!(21), &["between 0 and 20", "got 21"]),
+        field("prompt_logprobs", json!(-1), &["at least 0", "got -1"]),
+        field("logit_bias", json!({"4096": -100}), &["token 4096", "0 to 4095"]),
+        field("logit_bias", json!({"5": -101}), &["between -100 and 100", "got -101"]),
+        field("cache_salt", json!("x".repeat(257)), &["at most 256 bytes", "got 257"]),
+        field("router", json!("topk:0"), &["topk:0", "from 1 to 8"]),
+        field("response_format", json!("json"), &["json_schema", "got \"json\""]),
         field("suffix", json!("the end"), &unsupported),
         field("temprature", json!(1), &["unknown field `temprature`", "temperature"]),
         field("messages", json!([]), &["unknown field `messages`", "prompt"]),
         field("", json!(1), &["unknown field ``"]),
-        field("stop", json!(vec!["a"; 5]), &["at most 4", "got 5"]),
-        field("stop", json!(vec!["a"; 100_000]), &["at most 4", "got 100000"]),
+        field("stop", json!(vec!["a"; 17]), &["at most 16", "got 17"]),
+        field("stop", json!(vec!["a"; 100_000]), &["at most 16", "got 100000"]),
         field("stop", json!(""), &["1 to 256 bytes", "got 0"]),
         field("stop", json!(["a", ""]), &["1 to 256 bytes", "got 0"]),
         field("stop", json!("a".repeat(257)), &["1 to 256 bytes", "got 257"]),

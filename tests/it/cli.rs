@@ -293,12 +293,20 @@ async fn a_second_signal_ends_at_once() {
     let unread = endless(&serving).await;
     serving.process.signal("TERM");
     // Signals of one kind merge while pending: the second must wait until the first was noticed.
-    let url = serving.url.strip_prefix("http://").unwrap().to_string();
     let deadline = Instant::now() + Duration::from_secs(10);
-    while tokio::net::TcpStream::connect(&url).await.is_ok() {
-        assert!(Instant::now() < deadline, "the listener stays open");
+    loop {
+        let health = client().get(format!("{}/health", serving.url)).send().await.unwrap();
+        if health.status() == 503 {
+            assert!(health.text().await.unwrap().contains("\"draining\""));
+            break;
+        }
+        assert!(Instant::now() < deadline, "the server says that it is well");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+    let refused = client().post(format!("{}/v1/completions", serving.url)).body("{}").send().await.unwrap();
+    assert_eq!(refused.status(), 503, "new work is refused");
+    let metrics = client().get(format!("{}/metrics", serving.url)).send().await.unwrap();
+    assert_eq!(metrics.status(), 200, "what still runs can be seen");
     serving.process.signal("INT");
     let (status, stderr) = serving.process.end(Duration::from_secs(4));
     assert_eq!(status.code(), Some(0), "{stderr}");

@@ -2,11 +2,13 @@
 
 use crate::support::{engine, repo};
 use moe_serve::engine::api::{Event, Events, Generate, SubmitError};
-use moe_serve::engine::{Engine, EngineConfig};
+use moe_serve::engine::{Engine, EngineConfig, KvSize, RequestRouters};
 use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, SamplingParams, Usage};
 use std::time::{Duration, Instant};
 
 fn bundled(router: &str, config: EngineConfig) -> Engine {
+    let request_routers = Some(RequestRouters { experts_max: Some(8), ..Default::default() });
+    let config = EngineConfig { request_routers, ..config };
     engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, router, config)
 }
 
@@ -14,7 +16,7 @@ fn bundled(router: &str, config: EngineConfig) -> Engine {
 fn requests(engine: &Engine, n: usize) -> Vec<GenerateRequest> {
     let text =
         "Once upon a time there was a king who had three sons and a garden full of golden apples, and every night";
-    let ids = engine.encode(&format!("{text} {text} {text}")).unwrap();
+    let ids = engine.encode(&format!("{text} {text} {text}"), true).unwrap();
     let routers = [None, Some("topk:1"), Some("dynk:0.7"), Some("dynk:0.9,mass=full"), Some("uniform:3")];
     let one = |i: usize| GenerateRequest {
         ignore_eos: true,
@@ -50,7 +52,8 @@ fn metric(engine: &Engine, series: &str) -> f64 {
 
 #[test]
 fn what_a_request_is_batched_with_changes_nothing() {
-    let engine = bundled("native", EngineConfig { max_batched_tokens: 48, ..Default::default() });
+    let config = EngineConfig { max_batched_tokens: 48, prefix_cache: false, ..Default::default() };
+    let engine = bundled("native", config);
     let requests = requests(&engine, 40);
     let alone = run_alone(&engine, &requests);
     assert_eq!(run_together(&engine, &requests), alone);
@@ -62,12 +65,13 @@ fn what_a_request_is_batched_with_changes_nothing() {
 #[test]
 fn preempted_requests_give_the_same_text_and_the_blocks_come_back() {
     let block_bytes = 2 * 4 * 16 * 2 * 32 * 2;
-    let config = EngineConfig { kv_bytes: Some(12 * block_bytes), max_batched_tokens: 64, ..Default::default() };
+    let kv_size = Some(KvSize::Bytes(12 * block_bytes));
+    let config = EngineConfig { kv_size, max_batched_tokens: 64, prefix_cache: false, ..Default::default() };
     let small = bundled("native", config);
     let requests = requests(&small, 24);
     let together = run_together(&small, &requests);
     assert!(metric(&small, "moe_preemptions_total") > 0.0, "nothing was preempted: the test proves nothing");
-    let roomy = bundled("native", EngineConfig::default());
+    let roomy = bundled("native", EngineConfig { prefix_cache: false, ..Default::default() });
     let alone = run_alone(&roomy, &requests);
     let texts = |runs: &[(String, FinishReason, Usage)]| runs.iter().map(|r| r.0.clone()).collect::<Vec<_>>();
     assert_eq!(texts(&together), texts(&alone));
@@ -131,7 +135,7 @@ fn the_books_agree_with_a_count_by_hand_on_a_tiny_model() {
 #[test]
 fn a_dropped_request_frees_its_blocks_and_others_go_on() {
     let engine = bundled("native", EngineConfig::default());
-    let mut long = GenerateRequest::greedy(engine.encode("Once upon a time").unwrap(), 900);
+    let mut long = GenerateRequest::greedy(engine.encode("Once upon a time", true).unwrap(), 900);
     long.ignore_eos = true;
     let (dropped, kept) = (engine.submit(long.clone()).unwrap(), engine.submit(long).unwrap());
     drop(dropped);
@@ -150,7 +154,7 @@ fn a_dropped_request_frees_its_blocks_and_others_go_on() {
 fn a_draining_engine_finishes_what_it_has_and_refuses_the_rest() {
     let engine = bundled("native", EngineConfig::default());
     let request =
-        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day").unwrap(), 100) };
+        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day", true).unwrap(), 100) };
     let accepted = engine.submit(request.clone()).unwrap();
     assert!(engine.ready());
     engine.drain();
@@ -164,7 +168,7 @@ fn a_draining_engine_finishes_what_it_has_and_refuses_the_rest() {
 fn a_full_queue_refuses_and_has_room_again_when_requests_end() {
     let engine = bundled("native", EngineConfig { max_num_seqs: 1, max_queue: 1, ..Default::default() });
     let request =
-        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day").unwrap(), 400) };
+        GenerateRequest { ignore_eos: true, ..GenerateRequest::greedy(engine.encode("One day", true).unwrap(), 400) };
     let running: Vec<Events> = (0..2).map(|_| engine.submit(request.clone()).unwrap()).collect();
     assert_eq!(engine.submit(request.clone()).unwrap_err(), SubmitError::QueueFull { unfinished: 2, limit: 2 });
     running.into_iter().for_each(|e| drop(e.wait().unwrap()));
@@ -178,7 +182,7 @@ fn a_full_queue_refuses_and_has_room_again_when_requests_end() {
 #[test]
 fn a_request_with_a_bad_router_is_refused_and_the_engine_goes_on() {
     let engine = bundled("native", EngineConfig::default());
-    let mut request = GenerateRequest::greedy(engine.encode("One day").unwrap(), 3);
+    let mut request = GenerateRequest::greedy(engine.encode("One day", true).unwrap(), 3);
     request.router = Some("topk:99".parse().unwrap());
     let error = engine.submit(request.clone()).unwrap_err();
     assert!(matches!(error, SubmitError::Router(_)), "{error}");
@@ -190,13 +194,13 @@ fn a_request_with_a_bad_router_is_refused_and_the_engine_goes_on() {
 fn events_are_texts_and_then_one_end() {
     use futures::StreamExt;
     let engine = bundled("dynk:0.8", EngineConfig::default());
-    let request = GenerateRequest::greedy(engine.encode("Once upon a time").unwrap(), 20);
+    let request = GenerateRequest::greedy(engine.encode("Once upon a time", true).unwrap(), 20);
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let (whole, ..) = engine.submit(request.clone()).unwrap().wait().unwrap();
     let events: Vec<Event> = runtime.block_on(engine.submit(request).unwrap().collect());
     let (end, texts) = events.split_last().unwrap();
     assert!(matches!(end, Event::Done { .. }));
     let texts: Vec<&str> =
-        texts.iter().map(|e| if let Event::Text(t) = e { t.as_str() } else { panic!("{e:?}") }).collect();
+        texts.iter().map(|e| if let Event::Text { text, .. } = e { text.as_str() } else { panic!("{e:?}") }).collect();
     assert_eq!(texts.concat(), whole);
 }

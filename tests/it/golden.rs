@@ -38,8 +38,11 @@ fn read(dir: &Path) -> Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    let mut dirs: Vec<PathBuf> =
-        std::fs::read_dir(repo("tests/golden")).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_dir()).collect();
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(repo("tests/golden"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| p.join("config.json").is_file())
+        .collect();
     dirs.sort();
     assert!(dirs.len() >= 12, "goldens are missing: {dirs:?}");
     dirs.iter().map(|d| read(d)).collect()

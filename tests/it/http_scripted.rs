@@ -4,8 +4,10 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures::StreamExt;
 use moe_serve::engine::api::{Event, Events, Generate, ModelInfo, SubmitError};
+use moe_serve::http::{Service, ServiceOptions};
 use moe_serve::types::{
-    FinishReason, Flops, GenerateRequest, LimitError, Limits, RouterSpec, SpecError, TokenId, Usage, Work,
+    FinishReason, Flops, GenerateRequest, GrammarSpec, LimitError, Limits, PromptScoring, RouterSpec, SpecError,
+    TokenId, Usage, Work,
 };
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -27,8 +29,14 @@ struct Scripted {
 impl Scripted {
     fn new(scripts: impl IntoIterator<Item = Script>) -> Arc<Self> {
         let limits = Limits { vocab: 256, max_model_len: 64 };
-        let info =
-            ModelInfo { name: "org/double".into(), router: "k = 2".into(), limits, unfinished_max: 64, created: 7 };
+        let info = ModelInfo {
+            name: "org/double".into(),
+            router: RouterSpec::native(),
+            router_means: "k = 2".into(),
+            limits,
+            unfinished_max: 64,
+            created: 7,
+        };
         Arc::new(Self {
             info,
             ready: true,
@@ -43,11 +51,23 @@ impl Generate for Scripted {
         &self.info
     }
 
-    fn encode(&self, text: &str) -> Result<Vec<TokenId>, String> {
+    fn encode(&self, text: &str, _: bool) -> Result<Vec<TokenId>, String> {
         match text {
             "unencodable" => Err("this text cannot be encoded".into()),
             _ => Ok(text.bytes().map(TokenId::from).collect()),
         }
+    }
+
+    fn pieces(&self, ids: &[TokenId], _: bool) -> Vec<String> {
+        ids.iter().map(|id| char::from(*id as u8).to_string()).collect()
+    }
+
+    fn special_token(&self, _: &str) -> Option<TokenId> {
+        None
+    }
+
+    fn token_bytes(&self, id: TokenId) -> Vec<u8> {
+        vec![id as u8]
     }
 
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
@@ -79,14 +99,19 @@ fn told(events: impl IntoIterator<Item = Event>) -> Script {
 }
 
 fn text(t: &str) -> Event {
-    Event::Text(t.into())
+    Event::Text { choice: 0, text: t.into(), tokens: Vec::new() }
 }
 
 fn done(completion_tokens: usize) -> Event {
+    done_of(0, completion_tokens)
+}
+
+fn done_of(choice: usize, completion_tokens: usize) -> Event {
     let experts = Flops { ran: 50, native: 200 };
     let forward = Flops { ran: 150, native: 300 };
     let work = Work { tokens: 10, moe_visits: 20, expert_rows: 30, experts, forward };
-    Event::Done { reason: FinishReason::Length, usage: Usage { prompt_tokens: 3, completion_tokens, work } }
+    let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens, work };
+    Event::Done { choice, reason: FinishReason::Length, usage }
 }
 
 struct Answer {
@@ -115,7 +140,8 @@ impl Answer {
 
 async fn ask(generate: &Arc<Scripted>, method: Method, path: &str, body: impl Into<Body>) -> axum::response::Response {
     let request = Request::builder().method(method).uri(path).body(body.into()).unwrap();
-    let response = moe_serve::http::app(generate.clone()).oneshot(request);
+    let service = Service { generate: generate.clone(), chat: None, options: ServiceOptions::default() };
+    let response = moe_serve::http::app(service).oneshot(request);
     tokio::time::timeout(Duration::from_secs(10), response).await.expect("an answer in time").unwrap()
 }
 
@@ -187,8 +213,8 @@ async fn pieces_of_several_prompts_stream_as_they_come_under_their_own_index() {
     }
     let last = parts.json().await;
     assert_eq!(last["choices"], json!([]));
-    let usage = json!({"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15, "moe": {
-        "experts_per_token": 1.5, "expert_flops_saved": 0.75, "forward_flops_saved": 0.5,
+    let usage = json!({"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 2}, "moe": {
+        "router": "native", "experts_per_token": 1.5, "expert_flops_saved": 0.75, "forward_flops_saved": 0.5,
     }});
     assert_eq!(last["usage"], usage);
     parts.ends().await;
@@ -304,7 +330,9 @@ async fn every_refusal_of_the_generator_has_its_status() {
             None,
             "9 is the limit",
         ),
-        (SubmitError::Stopping, 503, "server_error", None, None, "shutting down"),
+        (SubmitError::Grammar("no".into()), 400, "invalid_request_error", None, Some("response_format"), "no"),
+        (SubmitError::Busy("later".into()), 429, "rate_limit_error", Some("grammar_busy"), None, "later"),
+        (SubmitError::Stopping, 503, "server_error", Some("draining"), None, "shutting down"),
     ] {
         for stream in [false, true] {
             let generate = Scripted::new([Err(refusal.clone())]);
@@ -354,14 +382,15 @@ async fn the_default_of_max_tokens_gives_way_to_the_context() {
 
 #[tokio::test]
 async fn fields_reach_the_generator_as_given_and_defaults_are_openais() {
-    let generate = Scripted::new([told([done(1)]), told([done(1)])]);
+    let generate = Scripted::new([told([done(1)]), told([done(1), done_of(1, 1)])]);
     complete(&generate, json!({"prompt": [1, 2]})).await;
     complete(
         &generate,
         json!({"model": "org/double", "prompt": "ab", "max_tokens": 9, "min_tokens": 3, "temperature": 0.5,
             "top_p": 0.25, "top_k": 7, "min_p": 0.125, "presence_penalty": -1.5, "frequency_penalty": 1.5,
             "repetition_penalty": 1.25, "seed": -1, "stop": "x", "stop_token_ids": [5, 6], "ignore_eos": true,
-            "skip_special_tokens": false, "user": "someone"}),
+            "skip_special_tokens": false, "user": "someone", "n": 2, "logprobs": 3, "logit_bias": {"5": 1.5, "6": -2},
+            "prompt_logprobs": 4, "cache_salt": "tenant", "router": "dynk:0.5", "response_format": {"type": "json_object"}}),
     )
     .await;
     let submitted = generate.submitted.lock().unwrap();
@@ -376,10 +405,12 @@ async fn fields_reach_the_generator_as_given_and_defaults_are_openais() {
         presence_penalty: -1.5,
         frequency_penalty: 1.5,
         repetition_penalty: 1.25,
+        logit_bias: vec![(5, 1.5), (6, -2.0)],
         seed: Some(u64::MAX),
     };
     let given = GenerateRequest {
         prompt: vec![97, 98],
+        n: 2,
         max_tokens: 9,
         min_tokens: 3,
         sampling,
@@ -387,7 +418,12 @@ async fn fields_reach_the_generator_as_given_and_defaults_are_openais() {
         stop_token_ids: vec![5, 6],
         ignore_eos: true,
         skip_special_tokens: false,
-        router: None,
+        logprobs: Some(3),
+        scoring: Some(PromptScoring { top: 4, from: 1 }),
+        trace: false,
+        grammar: Some(GrammarSpec::JsonObject),
+        cache_salt: "tenant".into(),
+        router: Some("dynk:0.5".parse().unwrap()),
     };
     assert_eq!(submitted[1], given);
 }
@@ -440,13 +476,16 @@ async fn a_body_over_the_limit_is_a_413_that_names_it_and_one_below_is_read() {
 #[tokio::test]
 async fn unknown_paths_and_methods_are_errors_in_openais_shape() {
     let generate = Scripted::new([]);
-    for path in ["/", "/v1", "/v1/completion", "/v1/completions/", "/v1/chat/completions", "/metrics/x"] {
+    for path in ["/v1", "/v1/completion", "/v1/completions/", "/v1/chat", "/assets/x.js", "/metrics/x"] {
         let answer = answer(&generate, Method::GET, path, Body::empty()).await;
         assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
         assert_eq!(answer.error()["type"], "invalid_request_error", "{path}");
     }
     for (method, path, allowed) in [
         (Method::GET, "/v1/completions", "POST"),
+        (Method::GET, "/v1/chat/completions", "POST"),
+        (Method::GET, "/tokenize", "POST"),
+        (Method::POST, "/", "GET,HEAD"),
         (Method::PUT, "/v1/completions", "POST"),
         (Method::POST, "/v1/models", "GET,HEAD"),
         (Method::DELETE, "/v1/models/org/double", "GET,HEAD"),
@@ -466,7 +505,7 @@ async fn models_are_found_by_ids_with_slashes_and_no_other() {
     let list = answer(&generate, Method::GET, "/v1/models", Body::empty()).await.json();
     assert_eq!((&list["object"], list["data"].as_array().unwrap().len()), (&json!("list"), 1));
     let want = json!({"id": "org/double", "object": "model", "created": 7, "owned_by": "moe-serve",
-        "max_model_len": 64, "router": "k = 2"});
+        "max_model_len": 64, "router": "native: k = 2"});
     assert_eq!(list["data"][0], want);
     for path in ["/v1/models/org/double", "/v1/models/org%2Fdouble"] {
         assert_eq!(answer(&generate, Method::GET, path, Body::empty()).await.json(), want, "{path}");

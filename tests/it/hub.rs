@@ -106,8 +106,8 @@ fn what_was_downloaded_gives_the_logits_of_the_local_folder() {
     let files = client.resolve().unwrap();
     assert_eq!(logits(&files), *WANT);
     // The tokenizer is the bundled model's and works from the cache.
-    let ids = Text::read(&files.tokenizer, 4096).unwrap().encode("Once upon a time").unwrap();
-    assert_eq!(ids, Text::read(&bundled_files().tokenizer, 4096).unwrap().encode("Once upon a time").unwrap());
+    let ids = Text::read(&files.tokenizer, 4096).unwrap().encode("Once upon a time", true).unwrap();
+    assert_eq!(ids, Text::read(&bundled_files().tokenizer, 4096).unwrap().encode("Once upon a time", true).unwrap());
 }
 
 #[test]

@@ -81,7 +81,7 @@ async fn every_request_gets_the_kind_of_answer_that_is_shown() {
             let last = answer.trim_end().lines().last().unwrap();
             assert_eq!(shown.iter().rfind(|l| !l.is_empty()).unwrap(), last);
             assert_eq!(answer.matches("data: ").count(), 8, "five tokens, an end, the usage, [DONE]");
-            assert!(answer.contains("\"moe\":{\"experts_per_token\":1."));
+            assert!(answer.contains("\"moe\":{\"router\":\"dynk:0.8\",\"experts_per_token\":1."));
         } else {
             assert_eq!(answer, shown[0]);
         }

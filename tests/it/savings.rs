@@ -2,13 +2,15 @@
 //! `cargo test --test it savings -- --nocapture`.
 
 use crate::support::{engine, repo};
-use moe_serve::engine::EngineConfig;
 use moe_serve::engine::api::Generate;
+use moe_serve::engine::{EngineConfig, RequestRouters};
 use moe_serve::types::{DtypeChoice, GenerateRequest, Work};
 
 #[test]
 fn savings_on_the_bundled_checkpoint_are_what_the_rules_promise() {
-    let engine = engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, "native", EngineConfig::default());
+    let request_routers = Some(RequestRouters { experts_max: Some(8), ..Default::default() });
+    let config = EngineConfig { request_routers, prefix_cache: false, ..Default::default() };
+    let engine = engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, "native", config);
     let prompts: Vec<String> = std::fs::read_to_string(repo("eval/prompts.jsonl"))
         .unwrap()
         .lines()
@@ -18,7 +20,7 @@ fn savings_on_the_bundled_checkpoint_are_what_the_rules_promise() {
 
     let run = |router: &str| -> Work {
         let submit = |prompt: &String| {
-            let mut request = GenerateRequest::greedy(engine.encode(prompt).unwrap(), 48);
+            let mut request = GenerateRequest::greedy(engine.encode(prompt, true).unwrap(), 48);
             (request.ignore_eos, request.router) = (true, Some(router.parse().unwrap()));
             engine.submit(request).unwrap()
         };

@@ -41,7 +41,7 @@ impl HeldOut {
         let options = LoadOptions { dtype: DtypeChoice::F32, ..Default::default() };
         let loaded = load(&files, &options, |_, _| {}).unwrap();
         let text = Text::read(&files.tokenizer, loaded.model.shape().vocab).unwrap();
-        let ids = text.encode(&std::fs::read_to_string(dir.join("stories-held-out.txt")).unwrap()).unwrap();
+        let ids = text.encode(&std::fs::read_to_string(dir.join("stories-held-out.txt")).unwrap(), true).unwrap();
         let windows: Vec<Vec<u32>> = ids.chunks_exact(WINDOW).map(<[u32]>::to_vec).collect();
         assert!(windows.len() >= WINDOWS, "{} windows of held-out text", windows.len());
         Some(Self { loaded, windows })
@@ -60,7 +60,7 @@ impl HeldOut {
             };
             nats -= batch.par_iter().zip(logits.par_chunks(WINDOW)).map(of_window).sum::<f64>();
             predicted += batch.len() * (WINDOW - 1);
-            experts += runner.last_trace.experts_t.iter().map(|e| *e as usize).sum::<usize>();
+            experts += runner.last_trace.k_tl.iter().map(|k| *k as usize).sum::<usize>();
             tokens += batch.len() * WINDOW;
         }
         ((nats / predicted as f64).exp(), experts as f64 / (tokens * layers) as f64)

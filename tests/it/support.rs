@@ -1,7 +1,9 @@
 //! What several test modules need.
 
 use crate::checkpoint::quiet;
-use moe_serve::engine::{Engine, EngineConfig, Text};
+use moe_serve::chat::ChatTemplates;
+use moe_serve::engine::{Engine, EngineConfig, KvSize, RequestRouters, Text};
+use moe_serve::http::{Service, ServiceOptions, Transport, app, wrap};
 use moe_serve::model::hub::{Files, HubOptions, resolve};
 use moe_serve::model::{CausalLm, LoadError, LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::StepTokens;
@@ -26,6 +28,8 @@ pub fn files(dir: &Path) -> Files {
         config: dir.join("config.json"),
         generation_config: file("generation_config.json"),
         tokenizer: file("tokenizer.json").unwrap_or_else(|| repo("models/stories-mixtral/tokenizer.json")),
+        tokenizer_config: file("tokenizer_config.json"),
+        chat_template: file("chat_template.jinja"),
         weights: vec![dir.join("model.safetensors")],
     }
 }
@@ -105,7 +109,8 @@ impl<'a> Runner<'a> {
         let rows: Vec<u32> = (0..tokens.token_t.len() as u32).collect();
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &rows };
         let mut routes = RouteCtx::new(self.model.shape().moe, &self.policies, &tokens);
-        let logits = self.model.forward(&input, &mut self.kv, &mut routes).unwrap().unwrap();
+        let hidden = self.model.forward(&input, &mut self.kv, &mut routes).unwrap().unwrap();
+        let logits = self.model.logits(&hidden, 0, rows.len()).unwrap();
         self.last_trace = routes.into_trace();
         to_host(&logits).unwrap().chunks(self.model.shape().vocab).map(<[f32]>::to_vec).collect()
     }
@@ -128,8 +133,11 @@ pub struct ServerOptions {
     pub router: &'static str,
     pub dtype: DtypeChoice,
     pub config: EngineConfig,
+    pub service: ServiceOptions,
     /// Tokens that end a completion, instead of the checkpoint's.
     pub eos: Option<Vec<TokenId>>,
+    /// The text of a chat template.
+    pub chat: Option<String>,
     /// A tokenizer.json, instead of the checkpoint's.
     pub tokenizer: Option<PathBuf>,
 }
@@ -137,8 +145,10 @@ pub struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> Self {
         // A cache of 16 Ki tokens in f32 is plenty, and quicker to clear than the default.
-        let config = EngineConfig { kv_bytes: Some(32 << 20), ..Default::default() };
-        Self { router: "native", dtype: DtypeChoice::F32, config, eos: None, tokenizer: None }
+        let kv_size = Some(KvSize::Bytes(32 << 20));
+        let config = EngineConfig { kv_size, request_routers: Some(RequestRouters::default()), ..Default::default() };
+        let service = ServiceOptions { moe_trace: true };
+        Self { router: "native", dtype: DtypeChoice::F32, config, service, chat: None, eos: None, tokenizer: None }
     }
 }
 
@@ -174,6 +184,10 @@ impl Streamed {
     }
 }
 
+fn load_template(source: String) -> Option<ChatTemplates> {
+    ChatTemplates::load(None, Some(&source)).unwrap()
+}
+
 impl Server {
     pub fn start(options: ServerOptions) -> Self {
         let files = bundled_files();
@@ -188,15 +202,17 @@ impl Server {
         let engine = Arc::new(Engine::start("stories".into(), loaded, text, policy, options.config).unwrap());
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let (send_url, url) = std::sync::mpsc::channel();
-        let served = engine.clone();
+        let service =
+            Service { generate: engine.clone(), chat: options.chat.and_then(load_template), options: options.service };
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
                 send_url.send(format!("http://{}", listener.local_addr().unwrap())).unwrap();
-                let serving = moe_serve::http::serve(listener, moe_serve::http::app(served), std::future::pending());
+                let routes = wrap(app(service), None, None);
+                let serving = moe_serve::http::serve(listener, routes, Transport::default(), std::future::pending());
                 tokio::select! {
-                    result = serving => result.unwrap(),
+                    () = serving => {}
                     _ = stopped => {}
                 }
             });

@@ -14,7 +14,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("moe", &["ops"]),
     ("model", &["moe", "ops"]),
     ("engine", &["model", "moe", "ops", "sched"]),
-    ("http", &["engine", "wire"]),
+    ("chat", &[]),
+    ("telemetry", &[]),
+    ("http", &["chat", "engine", "telemetry", "wire"]),
 ];
 
 /// Lines a file may have.

@@ -19,8 +19,8 @@ pub struct StepTokens {
 /// What routing did in one step, in counts; exact, and taken from values that are on the host anyway.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepTrace {
-    /// Σ over MoE layers of the experts each token used, `[T]`.
-    pub experts_t: Vec<u32>,
+    /// Experts each token used in each MoE layer, `[T, layers]`.
+    pub k_tl: Vec<u16>,
     /// How often a (token, layer) used k experts, index k, `[E + 1]`.
     pub k_histogram: Vec<u64>,
     /// Tokens per expert, `[layers × E]`.
@@ -52,7 +52,7 @@ impl<'a> RouteCtx<'a> {
             rows_p[policy as usize].push(row as u32);
         }
         let trace = StepTrace {
-            experts_t: vec![0; step.token_t.len()],
+            k_tl: vec![0; step.token_t.len() * shape.layers],
             k_histogram: vec![0; shape.experts + 1],
             expert_tokens: vec![0; shape.layers * shape.experts],
             entropy_l: vec![0.0; shape.layers],
@@ -87,7 +87,7 @@ impl<'a> RouteCtx<'a> {
         let mut entropy = 0.0;
         for t in 0..routing.tokens() {
             let k = routing.token_rows(t).len();
-            self.trace.experts_t[t] += k as u32;
+            self.trace.k_tl[t * self.shape.layers + layer] = k as u16;
             self.trace.k_histogram[k] += 1;
             let (probs_e, order_e) = self.table.row(t);
             order_e[..self.shape.top_k].iter().for_each(|&e| native_e[e as usize] = true);

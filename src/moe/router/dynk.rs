@@ -76,6 +76,10 @@ impl Router for DynK {
         }
     }
 
+    fn experts_max(&self) -> usize {
+        *self.k.end()
+    }
+
     fn describe(&self, shape: &MoeShape) -> String {
         let whose = match self.mass {
             Mass::Native => format!("the top-{} weight", shape.top_k),

@@ -36,6 +36,10 @@ impl Router for Layers {
         gate.tokens().for_each(|token| choose_top(&token, k, out));
     }
 
+    fn experts_max(&self) -> usize {
+        self.k_l.iter().copied().max().unwrap_or(1)
+    }
+
     fn describe(&self, shape: &MoeShape) -> String {
         let mean = self.k_l.iter().sum::<usize>() as f64 / self.k_l.len() as f64;
         format!("a fixed k per layer, {mean:.2} on average (the checkpoint's own: {})", shape.top_k)

@@ -35,6 +35,9 @@ pub trait Router: Send + Sync {
         true
     }
 
+    /// The most experts that a token can get in any layer.
+    fn experts_max(&self) -> usize;
+
     /// What the rule means for this model, in a few words: `k in 1..=2, …`.
     fn describe(&self, shape: &MoeShape) -> String;
 }
@@ -134,6 +137,11 @@ impl Policy {
     /// See [`Router::batch_invariant`].
     pub fn batch_invariant(&self) -> bool {
         self.router.batch_invariant()
+    }
+
+    /// The most experts that a token can get in any layer.
+    pub fn experts_max(&self) -> usize {
+        self.router.experts_max()
     }
 
     /// What the policy means for its model, in words.

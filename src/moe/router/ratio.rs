@@ -33,6 +33,10 @@ impl Router for Ratio {
         }
     }
 
+    fn experts_max(&self) -> usize {
+        *self.k.end()
+    }
+
     fn describe(&self, _: &MoeShape) -> String {
         format!(
             "k in {}..={}, experts of at least {} times the best one's probability",

@@ -174,7 +174,7 @@ fn the_trace_counts_what_was_routed() {
     ctx.route(0, &[9.0, 1.0, 0.0, 0.0, 9.0, 0.0, 1.0, 0.0]).unwrap();
     ctx.route(1, &[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 30.0]).unwrap();
     let trace = ctx.into_trace();
-    assert_eq!(trace.experts_t, [2, 2]);
+    assert_eq!(trace.k_tl, [1, 1, 0, 1, 1, 0]);
     assert_eq!(trace.k_histogram, [0, 4, 0, 0, 0]);
     assert_eq!(trace.expert_tokens, [2, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0]);
     assert_eq!(trace.unique_experts, 1 + 2);

@@ -31,6 +31,10 @@ impl Router for Threshold {
         }
     }
 
+    fn experts_max(&self) -> usize {
+        *self.k.end()
+    }
+
     fn describe(&self, _: &MoeShape) -> String {
         format!("k in {}..={}, experts of at least probability {}", self.k.start(), self.k.end(), self.theta)
     }

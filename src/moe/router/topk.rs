@@ -26,6 +26,10 @@ impl Router for TopK {
         gate.tokens().for_each(|token| choose_top(&token, self.k, out));
     }
 
+    fn experts_max(&self) -> usize {
+        self.k
+    }
+
     fn describe(&self, shape: &MoeShape) -> String {
         let own = if self.k == shape.top_k { String::new() } else { format!(": {}", shape.top_k) };
         format!("k = {} of {} experts (the checkpoint's own{own})", self.k, shape.experts)

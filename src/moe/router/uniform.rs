@@ -52,6 +52,10 @@ impl Router for Uniform {
         }
     }
 
+    fn experts_max(&self) -> usize {
+        self.k
+    }
+
     fn describe(&self, shape: &MoeShape) -> String {
         format!("k = {} of {} experts at random, seed {}", self.k, shape.experts, self.seed)
     }

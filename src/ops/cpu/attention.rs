@@ -30,9 +30,15 @@ struct Pair<E> {
     v: Vec<E>,
 }
 
-impl<E> Pair<E> {
+impl<E: Copy> Pair<E> {
     fn new(zeros: impl Fn() -> Vec<E>) -> Self {
         Self { k: zeros(), v: zeros() }
+    }
+
+    /// Copies the `len` elements from `from` on to `to`.
+    fn copy(&mut self, from: usize, to: usize, len: usize) {
+        self.k.copy_within(from..from + len, to);
+        self.v.copy_within(from..from + len, to);
     }
 }
 
@@ -105,6 +111,24 @@ impl KvStore {
             Data::F32(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
             Data::Bf16(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
             Data::F16(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
+        }
+    }
+
+    /// Copies a block of every layer over another.
+    pub(crate) fn copy_block(&mut self, from: usize, to: usize) {
+        let len = self.kv_heads * self.block_size * self.head_dim;
+        let layers = match &self.data {
+            Data::F32(p) => p.k.len(),
+            Data::Bf16(p) => p.k.len(),
+            Data::F16(p) => p.k.len(),
+        } / self.layer_len;
+        for start in (0..layers).map(|layer| layer * self.layer_len) {
+            let (from, to) = (start + from * len, start + to * len);
+            match &mut self.data {
+                Data::F32(p) => p.copy(from, to, len),
+                Data::Bf16(p) => p.copy(from, to, len),
+                Data::F16(p) => p.copy(from, to, len),
+            }
         }
     }
 

@@ -135,6 +135,21 @@ impl KvStore {
         Ok(Self { shape, dtype: backend.dtype(), device, layers })
     }
 
+    /// Copies a block of every layer over another; `from` and `to` differ and are within the cache.
+    pub(crate) fn copy_block(&mut self, from: usize, to: usize) -> Result<()> {
+        let KvShape { kv_heads, head_dim, block_size, .. } = self.shape;
+        let len = kv_heads * head_dim * block_size * self.dtype.size_in_bytes();
+        let device = &self.device;
+        let copy = |data: &mut CudaSlice<u8>| -> Result<()> {
+            let (mut low, mut high) = data.split_at_mut(from.max(to) * len);
+            let low = low.slice_mut(from.min(to) * len..(from.min(to) + 1) * len);
+            let high = high.slice_mut(..len);
+            let (source, mut target) = if from < to { (low, high) } else { (high, low) };
+            Ok(device.memcpy_dtod(&source, &mut target)?)
+        };
+        self.layers.iter_mut().try_for_each(|layer| copy(&mut layer.k).and_then(|()| copy(&mut layer.v)))
+    }
+
     /// Writes the step's `k` and `v`, `[T, kv_heads·hd]`, then attends: `q [T, heads·hd] → [T, heads·hd]`, in the
     /// cache's dtype.
     pub(crate) fn attention(
