@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 /// Serve a pretrained Mixture-of-Experts checkpoint with a dynamic router over the OpenAI API.
 #[derive(Parser, Debug)]
@@ -185,18 +185,24 @@ fn serve(args: &Args) -> Result<()> {
     let server = runtime.spawn(moe_serve::http::serve(listener, routes, transport, async {
         let _ = stopped.await;
     }));
-    let loading = runtime.spawn(exit_on_signal());
+    let (counted, signals) = watch::channel(0);
+    runtime.spawn(count_signals(counted));
+    let loading = runtime.spawn(exit_on_signal(signals.clone()));
     let (engine, chat) = build(args)?;
     let engine = Arc::new(engine);
     let options = ServiceOptions { moe_trace: args.allow_moe_trace };
     switch.open(app(Service { generate: engine.clone(), chat, options }));
     loading.abort();
     println!("address    {scheme}://{address}  (POST /v1/completions, /v1/chat/completions; a playground at /)");
-    let finished = runtime.block_on(drained(&engine, &switch, Duration::from_secs(args.shutdown_timeout)))?;
-    let _ = stop.send(());
+    let timeout = Duration::from_secs(args.shutdown_timeout);
+    let finished = runtime.block_on(async {
+        let left = drained(&engine, &switch, timeout, signals).await?;
+        let _ = stop.send(());
+        // What is answered still has to reach the clients.
+        tokio::time::timeout(left, server).await.ok()
+    });
+    let finished = finished.is_some();
     if finished {
-        // Connections whose answers are out.
-        let _ = runtime.block_on(async { tokio::time::timeout(CLOSE_TIMEOUT, server).await });
         engine.stop();
     }
     end_telemetry();
@@ -207,19 +213,32 @@ fn serve(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Time that connections have to close once all answers are out.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Before there is an engine there is nothing to finish.
-async fn exit_on_signal() {
+/// Counts interrupts and terminations, from the first moment on, so that none is lost between two that wait for one.
+async fn count_signals(count: watch::Sender<u32>) {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
+        tracing::warn!("signals cannot be caught: they end the server at once");
         return;
     };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        count.send_modify(|n| *n += 1);
     }
+}
+
+/// Waits for the `n`th signal; for ever, where none can be caught.
+async fn nth(signals: &mut watch::Receiver<u32>, n: u32) {
+    if signals.wait_for(|count| *count >= n).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Before there is an engine there is nothing to finish.
+async fn exit_on_signal(mut signals: watch::Receiver<u32>) {
+    nth(&mut signals, 1).await;
     tracing::info!("ended while the model was being loaded");
     std::process::exit(0);
 }
@@ -339,23 +358,24 @@ fn chat_templates(args: &Args, files: &Files) -> Result<Option<ChatTemplates>> {
     })
 }
 
-/// Waits for a signal, then lets running requests finish for as long as `timeout` allows; tells whether they did.
-async fn drained(engine: &Engine, switch: &Switch, timeout: Duration) -> Result<bool> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-    }
+/// Waits for a signal, then lets running requests finish for as long as `timeout` allows; gives the time that is left
+/// of it, or nothing if it is over.
+async fn drained(
+    engine: &Engine,
+    switch: &Switch,
+    timeout: Duration,
+    mut signals: watch::Receiver<u32>,
+) -> Option<Duration> {
+    nth(&mut signals, 1).await;
     let seconds = timeout.as_secs();
     tracing::info!("shutting down: running requests have {seconds} s to finish; a second signal ends at once");
+    let began = Instant::now();
     switch.drain();
     engine.drain();
     tokio::select! {
-        () = switch.idle() => return Ok(true),
+        () = switch.idle() => return Some(timeout.saturating_sub(began.elapsed())),
         () = tokio::time::sleep(timeout) => tracing::warn!("some requests did not finish in time and are cut off"),
-        _ = interrupt.recv() => tracing::warn!("second signal: ending now"),
-        _ = terminate.recv() => tracing::warn!("second signal: ending now"),
+        () = nth(&mut signals, 2) => tracing::warn!("second signal: ending now"),
     }
-    Ok(false)
+    None
 }

@@ -111,13 +111,27 @@ impl ToolFormat {
             "required": ["name", key], "additionalProperties": false,
         });
         // References are resolved from the root, which is no longer that of the parameters.
-        for definitions in ["$defs", "definitions"] {
-            if let Some(definitions_of) = parameters.as_object_mut().and_then(|p| p.shift_remove(definitions)) {
-                schema[definitions] = definitions_of;
-            }
-        }
+        move_references(&mut parameters, &format!("#/properties/{key}"));
         schema["properties"][key] = parameters;
         schema
+    }
+}
+
+/// Lets references to the root `#` mean what is at `root`.
+fn move_references(schema: &mut Json, root: &str) {
+    match schema {
+        Json::Array(items) => items.iter_mut().for_each(|item| move_references(item, root)),
+        Json::Object(fields) => {
+            for (key, value) in fields {
+                match value {
+                    Json::String(target) if key == "$ref" && target.starts_with('#') => {
+                        *target = format!("{root}{}", &target[1..]);
+                    }
+                    other => move_references(other, root),
+                }
+            }
+        }
+        _ => {}
     }
 }
 

@@ -65,8 +65,12 @@ pub enum SubmitError {
     #[error("the server is busy: {unfinished} completions are unfinished and {limit} is the limit; try again later")]
     QueueFull { unfinished: usize, limit: usize },
     /// What the text must be is no valid grammar or schema.
-    #[error("{0}")]
-    Grammar(String),
+    #[error("{message}")]
+    Grammar {
+        /// Whether it was made of the request's tools.
+        tools: bool,
+        message: String,
+    },
     #[error("{0}")]
     Busy(String),
     #[error("the server is shutting down")]

@@ -3,7 +3,6 @@
 use super::api::TokenScore;
 use super::metrics::{ExpertSeries, Metrics};
 use super::sequence::{Job, Sequence};
-use super::text::Text;
 use crate::model::{CausalLm, Loaded, StepInput};
 use crate::moe::cost::{CostModel, ExpertReads};
 use crate::moe::router::StepTokens;
@@ -96,15 +95,12 @@ const KV_BYTES_MAX: u64 = 4 << 30;
 /// The engine's state; the thread in `worker` turns the crank.
 pub(super) struct Core {
     model: CausalLm,
-    text: Text,
-    eos: Vec<TokenId>,
     sched: Scheduler,
     sched_config: SchedConfig,
     kv: KvCache,
     seqs: BTreeMap<SeqId, Sequence>,
     next_id: u64,
     cost: CostModel,
-    prefix_cache: bool,
     metrics: Metrics,
     expert_series: ExpertSeries,
 }
@@ -175,7 +171,6 @@ impl KvPlan {
 impl Core {
     pub(super) fn new(
         loaded: Loaded,
-        text: Text,
         config: &EngineConfig,
         kv: &KvPlan,
         metrics: Metrics,
@@ -194,13 +189,10 @@ impl Core {
             cost: CostModel::new(loaded.model.shape()),
             expert_series: metrics.expert_series(loaded.model.shape()),
             model: loaded.model,
-            text,
-            eos: loaded.eos,
             sched: Scheduler::new(sched_config),
             sched_config,
             seqs: BTreeMap::new(),
             next_id: 0,
-            prefix_cache: config.prefix_cache,
             metrics,
         })
     }
@@ -211,10 +203,9 @@ impl Core {
     }
 
     pub(super) fn add(&mut self, job: Job) {
-        let (seq, new) = Sequence::new(job, &self.text, &self.eos);
         let id = self.id();
-        self.sched.add(id, new);
-        self.seqs.insert(id, seq);
+        self.sched.add(id, job.new);
+        self.seqs.insert(id, job.first);
     }
 
     fn id(&mut self) -> SeqId {
@@ -230,7 +221,7 @@ impl Core {
         self.metrics.preempted(plan.preempted.len());
         for admitted in &plan.admitted {
             if let Some(seq) = self.seqs.get_mut(&admitted.seq) {
-                seq.admitted(admitted, self.prefix_cache, &self.metrics);
+                seq.admitted(admitted, &self.metrics);
             }
         }
         if !plan.chunks.is_empty() {
@@ -276,8 +267,8 @@ impl Core {
 
     /// Ends everything after a panic, whose state is not to be trusted.
     pub(super) fn reset(&mut self) {
-        self.fail(self.seqs.keys().copied().collect());
         self.sched = Scheduler::new(self.sched_config);
+        self.fail(self.seqs.keys().copied().collect());
         self.show_load();
     }
 

@@ -1,5 +1,6 @@
 //! Constrained decoding: which tokens may come next if the completion is to be JSON, or fit a schema or a grammar.
 
+use super::lock;
 use super::schema;
 use super::vocab::TokenBytes;
 use crate::types::{GrammarSpec, TokenId};
@@ -9,7 +10,7 @@ use llguidance::{Matcher, ParserFactory, panic_utils};
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// How long one compilation may take.
@@ -259,10 +260,6 @@ fn plain(error: &impl ToString) -> String {
         )
         .replace("NoExtensionBias", "no token fits");
     message.chars().take(MESSAGE_CHARS_MAX).collect()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

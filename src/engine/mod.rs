@@ -17,3 +17,10 @@ mod worker;
 pub use core::{EngineConfig, KvSize, RequestRouters, StartError};
 pub use text::{Text, TextError};
 pub use worker::Engine;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What the engine's locks guard is never left half-changed, so a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

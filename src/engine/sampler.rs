@@ -33,28 +33,32 @@ impl Sampler {
     }
 
     /// Draws from `logits`, which it may change; tokens of `forbidden`, and those that `grammar` has no place for, are
-    /// never drawn. `None` if nothing is left to draw.
+    /// never drawn.
+    ///
+    /// # Errors
+    /// Nothing is left to draw, or the grammar failed; the message says which.
     pub(super) fn sample(
         &mut self,
         logits: &mut [f32],
         forbidden: &[TokenId],
         grammar: Option<&mut Grammar>,
-    ) -> Option<TokenId> {
+    ) -> Result<TokenId, String> {
         self.penalise(logits);
         for id in forbidden {
             logits[*id as usize] = f32::NEG_INFINITY;
         }
         if let Some(grammar) = grammar {
-            grammar.mask(logits).inspect_err(|error| tracing::warn!(%error, "a grammar failed")).ok()?;
+            grammar.mask(logits).map_err(|error| error.to_string())?;
         }
-        let id = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits) }?;
+        let drawn = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
+        let id = drawn.ok_or("the model gave no finite logit for a token that is allowed")?;
         *self.generated.entry(id).or_default() += 1;
         if self.params.repetition_penalty != 1.0
             && let Err(at) = self.seen.binary_search(&id)
         {
             self.seen.insert(at, id);
         }
-        Some(id)
+        Ok(id)
     }
 
     fn penalise(&self, logits: &mut [f32]) {
@@ -191,13 +195,13 @@ mod tests {
         assert_eq!(drawn(|p| p.top_p = 0.6), [3]); // 3 alone has .636
         assert_eq!(drawn(|p| p.top_p = 0.7), [2, 3]);
         assert_eq!(drawn(|p| p.min_p = 0.2), [2, 3]); // e^-1 = .37, e^-2 = .14
-        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3], None), Some(2));
+        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3], None), Ok(2));
     }
 
     #[test]
     fn biases_are_added() {
         let mut biased = sampler(|p| (p.temperature, p.logit_bias) = (0.0, vec![(4, 5.0), (3, -100.0)]));
-        assert_eq!(biased.sample(&mut LOGITS.clone(), &[], None), Some(4));
+        assert_eq!(biased.sample(&mut LOGITS.clone(), &[], None), Ok(4));
     }
 
     #[test]
@@ -208,7 +212,7 @@ mod tests {
         assert_eq!([0, 1, 2].map(|_| frequency.sample(&mut LOGITS.clone(), &[], None).unwrap()), [3, 3, 2]);
         let mut repetition =
             Sampler::new(SamplingParams { temperature: 0.0, repetition_penalty: 2.0, ..Default::default() }, &[3]);
-        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[], None), Some(2));
+        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[], None), Ok(2));
     }
 
     #[test]
@@ -216,8 +220,8 @@ mod tests {
         let nan = f32::NAN;
         for temperature in [0.0, 1.0] {
             let mut s = sampler(|p| p.temperature = temperature);
-            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[], None), Some(1));
-            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[], None), None);
+            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[], None), Ok(1));
+            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[], None).ok(), None);
         }
     }
 

@@ -1,13 +1,12 @@
 //! What of a schema or grammar is refused before the compiler sees it, since the compiler's own limits do not cover it.
 
 use super::grammar::GrammarError;
-use crate::types::GrammarSpec;
+use crate::types::{GRAMMAR_BYTES_MAX, GrammarSpec};
 use llguidance::JsonCompileOptions;
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value};
+use std::collections::HashSet;
 
-/// Longest schema or grammar, in bytes.
-const SPEC_BYTES_MAX: usize = 64 << 10;
 /// Deepest nesting of brackets: the compiler recurses into them.
 const NESTING_MAX: usize = 64;
 /// The compiler needs a state per remainder.
@@ -84,8 +83,8 @@ fn invalid<T>(message: impl Into<String>) -> Result<T, GrammarError> {
 }
 
 fn check_size(text: &str) -> Result<(), GrammarError> {
-    if text.len() > SPEC_BYTES_MAX {
-        return invalid(format!("it has {} bytes, but at most {SPEC_BYTES_MAX} are taken: shorten it", text.len()));
+    if text.len() > GRAMMAR_BYTES_MAX {
+        return invalid(format!("it has {} bytes, but at most {GRAMMAR_BYTES_MAX} are taken: shorten it", text.len()));
     }
     Ok(())
 }
@@ -138,9 +137,10 @@ impl Work {
             self.combined |= patterns.len() > 1;
             self.bits += patterns.keys().map(|pattern| branch_bits(pattern)).sum::<f64>();
         }
-        let required = fields.get("required").and_then(Value::as_array).map_or(0, Vec::len);
-        let properties = fields.get("properties").and_then(Value::as_object).map_or(0, Map::len);
-        let optional = properties.saturating_sub(required);
+        let required: HashSet<&str> =
+            fields.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let properties = fields.get("properties").and_then(Value::as_object).into_iter().flat_map(Map::keys);
+        let optional = properties.filter(|name| !required.contains(name.as_str())).count();
         if optional > OPTIONAL_MAX {
             return invalid(format!(
                 "an object has {optional} optional properties, but at most {OPTIONAL_MAX} are taken"

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use tokio::sync::mpsc;
 
-/// A request on its way to the engine thread.
-pub(super) struct Job {
+/// A request that is accepted.
+pub(super) struct Accepted {
     pub request: GenerateRequest,
     pub policy: Arc<Policy>,
     /// Begins the hashes of its KV blocks, if it may share them.
@@ -24,6 +24,13 @@ pub(super) struct Job {
     pub arrived: Instant,
     /// One per completion.
     pub slots: Vec<Slot>,
+}
+
+/// A request on its way to the engine thread.
+pub(super) struct Job {
+    /// The first completion, which has the others with it.
+    pub first: Sequence,
+    pub new: NewSeq,
 }
 
 /// One of the server's places for unfinished completions; free again when dropped.
@@ -52,6 +59,8 @@ pub(super) struct Sequence {
     pub siblings: Vec<Sequence>,
     choice: usize,
     prompt_len: usize,
+    /// Whether the prompt is looked up in the prefix cache.
+    caches: bool,
     cached: usize,
     completion_len: usize,
     max_tokens: usize,
@@ -99,9 +108,9 @@ impl PromptTask {
 }
 
 impl Sequence {
-    /// The first completion of a job, which computes the prompt and has the others with it; and what the scheduler is
-    /// to know.
-    pub(super) fn new(job: Job, text: &Text, eos: &[TokenId]) -> (Self, NewSeq) {
+    /// The first completion of a request, which computes the prompt and has the others with it; and what the scheduler
+    /// is to know. Takes its time for many completions: not for the engine's thread.
+    pub(super) fn job(job: Accepted, text: &Text, eos: &[TokenId]) -> Job {
         let mut slots = job.slots;
         let siblings = slots.split_off(1.min(slots.len()));
         let one = |choice: usize, slot: Option<Slot>| {
@@ -118,6 +127,7 @@ impl Sequence {
                 siblings: Vec::new(),
                 choice,
                 prompt_len: request.prompt.len(),
+                caches: false,
                 cached: 0,
                 completion_len: 0,
                 max_tokens: request.max_tokens,
@@ -143,7 +153,8 @@ impl Sequence {
         first.prompt = PromptTask::new(&job.request);
         // The position before the first scored token must be computed, for its logits.
         let reuse_max = job.request.scoring.map_or(usize::MAX, |s| s.from.saturating_sub(1));
-        (first, NewSeq { tokens: job.request.prompt, root: job.root, reuse_max })
+        first.caches = job.root.is_some() && reuse_max > 0;
+        Job { first, new: NewSeq { tokens: job.request.prompt, root: job.root, reuse_max } }
     }
 
     /// Whether the client has left.
@@ -152,12 +163,12 @@ impl Sequence {
     }
 
     /// Told when the sequence leaves the queue, for the first time or again.
-    pub(super) fn admitted(&mut self, admitted: &Admitted, caches: bool, metrics: &Metrics) {
+    pub(super) fn admitted(&mut self, admitted: &Admitted, metrics: &Metrics) {
         if !self.admitted {
             self.admitted = true;
             self.cached = admitted.cached;
             metrics.admitted(self.arrived.elapsed());
-            if caches {
+            if self.caches {
                 metrics.prefix_looked_up(self.prompt_len, self.cached);
             }
         }
@@ -214,9 +225,12 @@ impl Sequence {
         let too_early = self.completion_len < self.min_tokens;
         let forbidden: &[TokenId] = if too_early { &self.stop_ids } else { &[] };
         let raw = self.logprobs.map(|top| (top, logits.to_vec()));
-        let Some(id) = self.sampler.sample(logits, forbidden, self.grammar.as_mut()) else {
-            self.fail("no token can follow: the model gave no finite logit for one that is allowed", metrics);
-            return None;
+        let id = match self.sampler.sample(logits, forbidden, self.grammar.as_mut()) {
+            Ok(id) => id,
+            Err(error) => {
+                self.fail(&format!("no token can follow: {error}"), metrics);
+                return None;
+            }
         };
         self.completion_len += 1;
         let now = Instant::now();
@@ -296,6 +310,10 @@ impl Sequence {
 
     /// Ends the request with an error.
     pub(super) fn fail(&mut self, message: &str, metrics: &Metrics) {
+        // In a step that failed late, some have their end already.
+        if self.slot.is_none() {
+            return;
+        }
         metrics.ended("error");
         self.end(Event::Failed(message.to_string()));
     }

@@ -3,17 +3,18 @@
 use super::api::{Events, Generate, ModelInfo, SubmitError};
 use super::core::{BLOCK_SIZE, Core, EngineConfig, KvPlan, RequestRouters, StartError};
 use super::grammar::{Grammar, GrammarError, Grammars};
+use super::lock;
 use super::metrics::Metrics;
-use super::sequence::{Job, Slot};
+use super::sequence::{Accepted, Job, Sequence, Slot};
 use super::text::Text;
 use crate::model::Loaded;
 use crate::moe::Policy;
 use crate::sched::BlockHash;
-use crate::types::{GenerateRequest, Limits, MoeShape, SpecError, TokenId};
+use crate::types::{GenerateRequest, GrammarSpec, Limits, MoeShape, SpecError, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -22,6 +23,7 @@ use tokio::sync::mpsc;
 pub struct Engine {
     info: ModelInfo,
     text: Text,
+    eos: Vec<TokenId>,
     metrics: Metrics,
     moe: MoeShape,
     policy: Arc<Policy>,
@@ -58,11 +60,13 @@ impl Engine {
         let moe = shape.moe;
         let grammars = Grammars::new(text.bytes().clone(), &loaded.eos);
         let (sender, receiver) = channel();
-        let core = Core::new(loaded, text.clone(), &config, &kv, metrics.clone())?;
+        let eos = loaded.eos.clone();
+        let core = Core::new(loaded, &config, &kv, metrics.clone())?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || run(core, &receiver))?;
         Ok(Self {
             info,
             text,
+            eos,
             metrics,
             moe,
             policy: Arc::new(policy),
@@ -123,10 +127,13 @@ impl Engine {
     }
 
     fn grammar_of(&self, request: &GenerateRequest) -> Result<Option<Grammar>, SubmitError> {
-        let compile = |spec| {
+        let compile = |spec: &GrammarSpec| {
             self.grammars.compile(spec).map_err(|error| match error {
                 GrammarError::Busy => SubmitError::Busy(error.to_string()),
-                GrammarError::Invalid(_) | GrammarError::Stuck(_) => SubmitError::Grammar(error.to_string()),
+                GrammarError::Invalid(_) | GrammarError::Stuck(_) => {
+                    let tools = matches!(spec, GrammarSpec::Lark(_));
+                    SubmitError::Grammar { tools, message: error.to_string() }
+                }
             })
         };
         request.grammar.as_ref().map(compile).transpose()
@@ -143,7 +150,8 @@ impl Engine {
         // Who is routed by what else is in the batch computes nothing that others could use.
         let shares = self.prefix_cache && policy.batch_invariant();
         let root = shares.then(|| BlockHash::root(&policy.spec().to_string(), &request.cache_salt));
-        let job = Job { request, policy, root, grammar, events, arrived: Instant::now(), slots };
+        let accepted = Accepted { request, policy, root, grammar, events, arrived: Instant::now(), slots };
+        let job = Sequence::job(accepted, &self.text, &self.eos);
         match &*lock(&self.jobs) {
             Some(jobs) if jobs.send(job).is_ok() => Ok(Events::new(receiver)),
             _ => Err(SubmitError::Stopping),
@@ -179,7 +187,7 @@ impl Generate for Engine {
 
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
         self.queue(request).inspect_err(|error| match error {
-            SubmitError::Limit(_) | SubmitError::Router(_) | SubmitError::Grammar(_) => {}
+            SubmitError::Limit(_) | SubmitError::Router(_) | SubmitError::Grammar { .. } => {}
             SubmitError::QueueFull { .. } => self.metrics.rejected("queue_full"),
             SubmitError::Busy(_) => self.metrics.rejected("grammar_busy"),
             SubmitError::Stopping => self.metrics.rejected("stopping"),
@@ -200,11 +208,6 @@ impl Drop for Engine {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// What these locks guard is never left half-changed, so a panic elsewhere does not spoil it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Steps while there is work, sleeps while there is none, ends when no one can send any more.

@@ -3,26 +3,26 @@
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_text, unique_id};
 use super::error::ApiError;
 use super::prepare::{check_model, prepared, request, streaming, submit};
+use super::read::Body;
 use super::{App, Service};
-use crate::chat::{ChatTemplate, Piece, TemplateInput, ToolCall, ToolFormat, ToolStream, adapt};
-use crate::engine::api::{Events, Generate, PromptReport, TokenReport};
-use crate::types::{FinishReason, GenerateRequest, GrammarSpec, RouterSpec, TokenId, Usage};
+use crate::chat::{ChatError, ChatTemplate, Piece, TemplateInput, ToolCall, ToolFormat, ToolStream, adapt, tool_names};
+use crate::engine::api::{Generate, PromptReport, TokenReport};
+use crate::types::{FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, RouterSpec, TokenId, Usage};
 use crate::wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprob, ChatLogprobs, ChatRequest, ChatResponse,
     Delta, FunctionCall, MoeTrace, NamedTool, TokenLogprob, ToolCallBody, ToolChoice, ToolMode, UsageBody,
 };
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use serde_json::Value;
 use std::sync::Arc;
 
-pub(super) async fn create(State(service): App, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let body = body?;
+pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Response, ApiError> {
     let head = Head::new("chatcmpl", service.generate.as_ref());
-    let Submitted { events, form, stream } = prepared(move || Submitted::new(&service, &body)).await?;
+    let reading = service.clone();
+    let Prepared { request, form, stream } = prepared(move || Prepared::new(&reading, &body)).await?;
+    let events = submit(service, vec![request]).await?;
     if let Some(include_usage) = stream {
         let n = form.n;
         return Ok(streamed(Streamed::new(head, form), events, n, include_usage));
@@ -48,10 +48,6 @@ pub(super) fn render(service: &Service, asked: &ChatRequest) -> Result<String, A
     adapt(&mut messages, template);
     let continues = asked.continue_final_message.unwrap_or(false);
     let add_generation_prompt = asked.add_generation_prompt.unwrap_or(!continues);
-    if continues && add_generation_prompt {
-        let message = "continue_final_message and add_generation_prompt exclude each other: give one of them";
-        return Err(ApiError::invalid(Some("continue_final_message"), message));
-    }
     let tools = tools.map(|tools| Value::Array(tools.clone()));
     let kwargs = asked.chat_template_kwargs.clone().unwrap_or_default();
     let input = TemplateInput {
@@ -61,7 +57,14 @@ pub(super) fn render(service: &Service, asked: &ChatRequest) -> Result<String, A
         continue_final_message: continues,
         kwargs,
     };
-    template.render(&input).map_err(|e| ApiError::invalid(Some("messages"), e.to_string()))
+    template.render(&input).map_err(|e| {
+        let param = match e {
+            ChatError::Continue(_) => "continue_final_message",
+            ChatError::Reserved(_) => "chat_template_kwargs",
+            _ => "messages",
+        };
+        ApiError::invalid(Some(param), e.to_string())
+    })
 }
 
 fn template(service: &Service, tools: bool) -> Result<&ChatTemplate, ApiError> {
@@ -97,9 +100,9 @@ impl Tools {
     }
 }
 
-/// A request whose prompt is queued.
-struct Submitted {
-    events: Vec<Events>,
+/// A request that can be queued.
+struct Prepared {
+    request: GenerateRequest,
     form: Form,
     /// If it is streamed, whether with usage.
     stream: Option<bool>,
@@ -115,7 +118,7 @@ struct Form {
     tools: Option<Tools>,
 }
 
-impl Submitted {
+impl Prepared {
     fn new(service: &Arc<Service>, body: &[u8]) -> Result<Self, ApiError> {
         let asked = ChatRequest::parse(body)?;
         let generate = service.generate.as_ref();
@@ -142,7 +145,7 @@ impl Submitted {
             trace: request.trace,
             tools,
         };
-        Ok(Self { events: submit(service, vec![request])?, form, stream })
+        Ok(Self { request, form, stream })
     }
 }
 
@@ -152,6 +155,10 @@ fn logprobs(asked: &ChatRequest) -> Result<Option<usize>, ApiError> {
             Err(ApiError::invalid(Some("top_logprobs"), "top_logprobs is allowed only with \"logprobs\": true"))
         }
         (false, None) => Ok(None),
+        (true, Some(top)) if top > LOGPROBS_MAX => {
+            let message = format!("top_logprobs must be between 0 and {LOGPROBS_MAX}; got {top}");
+            Err(ApiError::invalid(Some("top_logprobs"), message))
+        }
         (true, top) => Ok(Some(top.unwrap_or(0))),
     }
 }
@@ -165,6 +172,12 @@ fn max_tokens(asked: &ChatRequest, room: usize) -> Result<usize, ApiError> {
         }
         (Some(0), _) | (_, Some(0)) => {
             Err(ApiError::invalid(Some("max_completion_tokens"), "max_completion_tokens must be at least 1; got 0"))
+        }
+        (Some(given), _) if given > room => {
+            let message = format!(
+                "max_completion_tokens must be at most {room}, which the prompt leaves of the context; got {given}"
+            );
+            Err(ApiError::invalid(Some("max_completion_tokens"), message))
         }
         (given, older) => Ok(given.or(older).unwrap_or(room)),
     }
@@ -182,8 +195,7 @@ fn tools(service: &Service, asked: &ChatRequest) -> Result<Option<Tools>, ApiErr
         return Ok(None);
     }
     let format = ToolFormat::detect(template(service, true)?.source());
-    let name = |tool: &Value| tool.pointer("/function/name").and_then(Value::as_str).map(str::to_string);
-    let names = given.iter().filter_map(name).collect();
+    let names = tool_names(given).map_err(|e| ApiError::invalid(Some("tools"), e.to_string()))?;
     match format {
         Some(format) => {
             let marker = format.marker().and_then(|marker| service.generate.special_token(marker));

@@ -3,17 +3,16 @@
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_name};
 use super::error::ApiError;
 use super::prepare::{check_model, prepared, request, streaming, submit};
+use super::read::Body;
 use super::{App, Service};
-use crate::engine::api::{Events, Generate, PromptReport, TokenReport, TokenScore};
+use crate::engine::api::{Generate, PromptReport, TokenReport, TokenScore};
 use crate::types::{FinishReason, GenerateRequest, N_MAX, PromptScoring, RouterSpec, TokenId, Usage};
 use crate::wire::{
     Choice, Chunk, ChunkChoice, CompletionRequest, CompletionResponse, Logprobs, MoeTrace, PromptItem, PromptLogprob,
     UsageBody,
 };
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
 use serde_json::Map;
 use std::collections::BTreeMap;
@@ -24,26 +23,32 @@ const PROMPTS_MAX: usize = 128;
 /// OpenAI's default for `max_tokens`.
 const MAX_TOKENS_DEFAULT: usize = 16;
 
-pub(super) async fn create(State(service): App, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
-    let body = body?;
+pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Response, ApiError> {
     let head = Head::new("cmpl", service.generate.as_ref());
-    let Submitted { events, form, stream } = prepared(move || Submitted::new(&service, &body)).await?;
+    let reading = service.clone();
+    let Prepared { requests, form, stream } = prepared(move || Prepared::new(&reading, &body)).await?;
+    let events = submit(service, requests).await?;
     if let Some(include_usage) = stream {
         let n = form.n;
         return Ok(streamed(Streamed { head, form }, events, n, include_usage));
     }
     let (answers, usage) = collected(events, form.of).await?;
-    let usage = UsageBody::new(&usage, &form.router);
-    let choices = form.choices(answers);
-    let Head { id, created, model } = head;
-    Ok(Json(CompletionResponse { id, object: OBJECT.into(), created, model, choices, usage }).into_response())
+    // What is told of a long prompt takes its time to write.
+    let write = move || {
+        let usage = UsageBody::new(&usage, &form.router);
+        let choices = form.choices(answers);
+        let Head { id, created, model } = head;
+        Json(CompletionResponse { id, object: OBJECT.into(), created, model, choices, usage }).into_response()
+    };
+    let written = tokio::task::spawn_blocking(write).await;
+    written.map_err(|e| ApiError::engine(format!("the answer could not be written: {e}")))
 }
 
 const OBJECT: &str = "text_completion";
 
-/// A request whose prompts are queued.
-struct Submitted {
-    events: Vec<Events>,
+/// A request that can be queued.
+struct Prepared {
+    requests: Vec<GenerateRequest>,
     form: Form,
     /// If it is streamed, whether with usage.
     stream: Option<bool>,
@@ -74,14 +79,14 @@ struct Echo {
     chars: usize,
 }
 
-impl Submitted {
+impl Prepared {
     fn new(service: &Arc<Service>, body: &[u8]) -> Result<Self, ApiError> {
         let request = CompletionRequest::parse(body)?;
         let generate = service.generate.as_ref();
         check_model(request.common.model.as_ref(), generate)?;
         let stream = streaming(&request.common)?;
         let (requests, form) = validate(service, request, stream.is_some())?;
-        Ok(Self { events: submit(service, requests)?, form, stream })
+        Ok(Self { requests, form, stream })
     }
 }
 
@@ -144,8 +149,11 @@ fn base(service: &Service, asked: &CompletionRequest, stream: bool) -> Result<Ge
     let base = request(&asked.common, &service.options)?;
     let echo = asked.echo.unwrap_or(false);
     let n = base.n;
+    if n == 0 || n > N_MAX {
+        return Err(ApiError::invalid(Some("n"), format!("n must be between 1 and {N_MAX}; got {n}")));
+    }
     let of = asked.best_of.unwrap_or(n);
-    if asked.best_of.is_some() && (of < n || of > N_MAX) {
+    if of < n || of > N_MAX {
         let message = format!("best_of must be between n ({n}) and {N_MAX}; got {of}");
         return Err(ApiError::invalid(Some("best_of"), message));
     }

@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use std::time::Duration;
 
 /// An error with its status.
 #[derive(Clone, Debug)]
@@ -61,6 +62,17 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", None, None, message)
     }
 
+    /// 408
+    pub(super) fn too_slow(limit: Duration) -> Self {
+        let message = format!("the body did not arrive within {} seconds", limit.as_secs());
+        Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", None, None, message)
+    }
+
+    /// 429
+    pub(super) fn busy(code: &str, message: &str) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some(code), None, message.into())
+    }
+
     /// 500
     pub(super) fn engine(message: String) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", None, None, message)
@@ -94,15 +106,12 @@ impl From<SubmitError> for ApiError {
         match error {
             SubmitError::Limit(limit) => limit.into(),
             SubmitError::Router(_) => Self::invalid(Some("router"), message),
-            SubmitError::QueueFull { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full"), None, message)
+            SubmitError::QueueFull { .. } => Self::busy("queue_full", &message),
+            SubmitError::Grammar { tools, .. } => {
+                let param = if tools { "tools" } else { "response_format" };
+                Self::invalid(Some(param), format!("the output cannot be constrained as asked: {message}"))
             }
-            SubmitError::Grammar(_) => {
-                Self::invalid(Some("response_format"), format!("the output cannot be constrained as asked: {message}"))
-            }
-            SubmitError::Busy(_) => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("grammar_busy"), None, message)
-            }
+            SubmitError::Busy(_) => Self::busy("grammar_busy", &message),
             SubmitError::Stopping => Self::unavailable("draining", &message),
         }
     }

@@ -12,6 +12,7 @@ mod models;
 mod pages;
 mod panics;
 mod prepare;
+mod read;
 mod request_id;
 mod serve;
 mod status;

@@ -3,8 +3,9 @@
 use super::error::ApiError;
 use super::{Service, ServiceOptions};
 use crate::engine::api::{Events, Generate};
-use crate::types::{GenerateRequest, GrammarSpec, SamplingParams};
+use crate::types::{GRAMMAR_BYTES_MAX, GenerateRequest, GrammarSpec, SamplingParams, SpecError};
 use crate::wire::{Common, ResponseFormat, Stop};
+use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 /// Requests that are read and encoded at the same time: both take memory and time by the size of the prompt.
@@ -15,7 +16,7 @@ pub(super) async fn prepared<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let Ok(permit) = PREPARING.acquire().await else {
-        return Err(ApiError::unavailable("shutting_down", "the server is shutting down"));
+        return Err(ApiError::unavailable("draining", "the server is shutting down"));
     };
     // The work holds the permit, not this future: a client that leaves ends the future, not the work.
     let work = move || {
@@ -54,7 +55,7 @@ pub(super) fn request(common: &Common, options: &ServiceOptions) -> Result<Gener
         return Err(ApiError::invalid(Some("moe_trace"), message));
     }
     let router = common.router.as_ref().map(|spec| spec.parse()).transpose();
-    let router = router.map_err(|e: crate::types::SpecError| ApiError::invalid(Some("router"), e.to_string()))?;
+    let router = router.map_err(|e: SpecError| ApiError::invalid(Some("router"), e.to_string()))?;
     Ok(GenerateRequest {
         n: common.n.unwrap_or(1),
         min_tokens: common.min_tokens.unwrap_or(0),
@@ -64,19 +65,25 @@ pub(super) fn request(common: &Common, options: &ServiceOptions) -> Result<Gener
         ignore_eos: common.ignore_eos.unwrap_or(false),
         skip_special_tokens: common.skip_special_tokens.unwrap_or(true),
         trace,
-        grammar: common.response_format.as_ref().and_then(grammar),
+        grammar: common.response_format.as_ref().map(grammar).transpose()?.flatten(),
         cache_salt: common.cache_salt.clone().unwrap_or_default(),
         router,
         ..GenerateRequest::greedy(Vec::new(), 0)
     })
 }
 
-fn grammar(format: &ResponseFormat) -> Option<GrammarSpec> {
-    match format {
-        ResponseFormat::Text => None,
-        ResponseFormat::JsonObject => Some(GrammarSpec::JsonObject),
-        ResponseFormat::JsonSchema { json_schema } => Some(GrammarSpec::JsonSchema(json_schema.schema.to_string())),
+fn grammar(format: &ResponseFormat) -> Result<Option<GrammarSpec>, ApiError> {
+    let json_schema = match format {
+        ResponseFormat::Text => return Ok(None),
+        ResponseFormat::JsonObject => return Ok(Some(GrammarSpec::JsonObject)),
+        ResponseFormat::JsonSchema { json_schema } => json_schema.schema.to_string(),
+    };
+    let bytes = json_schema.len();
+    if bytes > GRAMMAR_BYTES_MAX {
+        let message = format!("the schema has {bytes} bytes, but at most {GRAMMAR_BYTES_MAX} are taken: shorten it");
+        return Err(ApiError::invalid(Some("response_format"), message));
     }
+    Ok(Some(GrammarSpec::JsonSchema(json_schema)))
 }
 
 fn sampling(common: &Common) -> Result<SamplingParams, ApiError> {
@@ -101,11 +108,54 @@ fn sampling(common: &Common) -> Result<SamplingParams, ApiError> {
     })
 }
 
-/// Submits all of `requests`, or none: if one is refused, those before it are abandoned.
-pub(super) fn submit(service: &Service, requests: Vec<GenerateRequest>) -> Result<Vec<Events>, ApiError> {
+/// What is told of prompt tokens in one answer, in log-probabilities and counts of experts: it comes cheap to who asks.
+const TOLD_MAX: usize = 1 << 20;
+/// Counts of experts per token: about as many as deep models have MoE layers.
+const TRACED: usize = 64;
+
+/// Checks that what is told of the prompts, once for every completion, is not beyond all measure.
+fn check_told(requests: &[GenerateRequest]) -> Result<(), ApiError> {
+    let per_token = |r: &GenerateRequest| r.scoring.map_or(0, |s| s.top + 1) + if r.trace { TRACED } else { 0 };
+    let param = if requests.iter().any(|r| r.scoring.is_some()) { "logprobs" } else { "moe_trace" };
+    let told: usize = requests.iter().map(|r| r.prompt.len() * r.n * per_token(r)).sum();
+    if told > TOLD_MAX {
+        let message = format!(
+            "logprobs and moe_trace of prompts: prompt tokens times completions times what is told of each must be at most \
+             {TOLD_MAX}; got {told}: ask for fewer prompts, completions or logprobs"
+        );
+        return Err(ApiError::invalid(Some(param), message));
+    }
+    Ok(())
+}
+
+/// Requests whose grammars are compiled, or wait for it, at the same time.
+static COMPILING: Semaphore = Semaphore::const_new(16);
+
+/// Submits all of `requests`; if one is refused, those before it are abandoned.
+pub(super) async fn submit(service: Arc<Service>, requests: Vec<GenerateRequest>) -> Result<Vec<Events>, ApiError> {
+    if requests.iter().all(|r| r.grammar.is_none()) {
+        return submit_all(&service, requests);
+    }
+    // Compiling may take seconds, which requests without grammars are not to wait for.
+    let Ok(permit) = COMPILING.try_acquire() else {
+        return Err(ApiError::busy(
+            "grammar_busy",
+            "too many schemas and grammars are being compiled: try again later",
+        ));
+    };
+    let work = move || {
+        let _permit = permit;
+        submit_all(&service, requests)
+    };
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| ApiError::engine(format!("the grammar could not be compiled: {e}")))?
+}
+
+fn submit_all(service: &Service, requests: Vec<GenerateRequest>) -> Result<Vec<Events>, ApiError> {
     let info = service.generate.info();
     // All are checked before any is queued.
     requests.iter().try_for_each(|r| r.check(&info.limits))?;
+    check_told(&requests)?;
     let completions: usize = requests.iter().map(|r| r.n).sum();
     if completions > info.unfinished_max {
         let message = format!(

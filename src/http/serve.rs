@@ -19,6 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
+use tokio_io_timeout::TimeoutStream;
 use tower::Service;
 use tower_http::timeout::TimeoutBody;
 
@@ -42,13 +43,21 @@ pub struct ConnectionLimits {
     pub head: Duration,
     /// Time between two pieces of a request's body.
     pub body_stall: Duration,
+    /// Time in which a client that is sent something takes none of it.
+    pub write_stall: Duration,
 }
 
 impl Default for ConnectionLimits {
     fn default() -> Self {
         // Load balancers keep idle connections for 60 s and count on the server to keep them longer.
         let (handshake, head) = (Duration::from_secs(10), Duration::from_secs(75));
-        Self { connections: 4096, handshake, head, body_stall: Duration::from_secs(30) }
+        Self {
+            connections: 4096,
+            handshake,
+            head,
+            body_stall: Duration::from_secs(30),
+            write_stall: Duration::from_secs(60),
+        }
     }
 }
 
@@ -152,6 +161,10 @@ where
         }
     };
     let builder = builder(h2, &limits);
+    // Who does not read holds the memory of what it is sent.
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(limits.write_stall));
+    let stream = Box::pin(stream);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -4,19 +4,14 @@ use super::answer::token_name;
 use super::chat::render;
 use super::error::ApiError;
 use super::prepare::{check_model, prepared};
+use super::read::Body;
 use super::{App, Service};
 use crate::types::TokenId;
 use crate::wire::{DetokenizeRequest, DetokenizeResponse, TokenizeInput, TokenizeRequest, TokenizeResponse};
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
 
-pub(super) async fn tokenize(
-    State(service): App,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<TokenizeResponse>, ApiError> {
-    let body = body?;
+pub(super) async fn tokenize(State(service): App, Body(body): Body) -> Result<Json<TokenizeResponse>, ApiError> {
     prepared(move || tokens_of(&service, &body).map(Json)).await
 }
 
@@ -35,11 +30,7 @@ fn tokens_of(service: &Service, body: &[u8]) -> Result<TokenizeResponse, ApiErro
     Ok(TokenizeResponse { count: tokens.len(), tokens, max_model_len, token_strs })
 }
 
-pub(super) async fn detokenize(
-    State(service): App,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<DetokenizeResponse>, ApiError> {
-    let body = body?;
+pub(super) async fn detokenize(State(service): App, Body(body): Body) -> Result<Json<DetokenizeResponse>, ApiError> {
     prepared(move || text_of(&service, &body).map(Json)).await
 }
 

@@ -148,6 +148,8 @@ impl Scheduler {
         let Some(mut seq) = self.seqs.get(&parent).cloned() else { return };
         seq.tokens.truncate(seq.computed);
         seq.tokens.push(token);
+        // What had to be computed was.
+        seq.reuse_max = usize::MAX;
         if self.running.len() < self.config.max_num_seqs && seq.computed > 0 {
             self.pool.share(&seq.blocks);
             self.running.push(child);
@@ -343,6 +345,7 @@ impl Scheduler {
         for (id, token) in sampled {
             if let Some(seq) = self.seqs.get_mut(id) {
                 seq.tokens.push(*token);
+                seq.reuse_max = usize::MAX;
             }
         }
     }

@@ -107,6 +107,10 @@ pub struct Limits {
 pub const N_MAX: usize = 128;
 /// Alternatives to a token whose log-probabilities can be asked for.
 pub const LOGPROBS_MAX: usize = 20;
+/// Bytes of a schema or grammar.
+pub const GRAMMAR_BYTES_MAX: usize = 64 << 10;
+/// Completions of one prompt that are held to a grammar: each has a state of its own.
+const GRAMMAR_N_MAX: usize = 16;
 /// Tokens whose logits one request can bias.
 const BIASES_MAX: usize = 1024;
 /// Bytes of a cache salt.
@@ -198,6 +202,10 @@ impl GenerateRequest {
             if let Some(top) = top.filter(|top| *top > LOGPROBS_MAX) {
                 return refuse(param, format!("{param} must be between 0 and {LOGPROBS_MAX}; got {top}"));
             }
+        }
+        if self.grammar.is_some() && self.n > GRAMMAR_N_MAX {
+            let n = self.n;
+            return refuse("n", format!("n must be at most {GRAMMAR_N_MAX} where the output is held to JSON; got {n}"));
         }
         let salt = self.cache_salt.len();
         if salt > SALT_BYTES_MAX {
@@ -314,6 +322,11 @@ mod tests {
             (GenerateRequest { prompt: vec![1; 33], max_tokens: 0, ..ok.clone() }, "prompt", "at most 32 tokens"),
             (GenerateRequest { max_tokens: 30, ..ok.clone() }, "max_tokens", "at most 29"),
             (GenerateRequest { n: 0, ..ok.clone() }, "n", "between 1 and 128; got 0"),
+            (
+                GenerateRequest { n: 17, grammar: Some(GrammarSpec::JsonObject), ..ok.clone() },
+                "n",
+                "at most 16 where the output is held to JSON",
+            ),
             (GenerateRequest { n: 129, ..ok.clone() }, "n", "between 1 and 128; got 129"),
             (GenerateRequest { logprobs: Some(21), ..ok.clone() }, "logprobs", "between 0 and 20; got 21"),
             (scored(&ok, 21), "prompt_logprobs", "between 0 and 20; got 21"),

@@ -90,7 +90,7 @@ impl Common {
             stream: fields.take("stream", "true or false")?,
             stream_options: fields.take(
                 "stream_options",
-                "an object with `include_usage`, true or false, and nothing else",
+                "an object with `include_usage`, true or false",
             )?,
             cache_salt: fields.take("cache_salt", "a string")?,
             router: fields.take("router", "a string such as \"dynk:0.8\"")?,
@@ -106,7 +106,11 @@ impl Common {
     pub fn biases(&self) -> Result<Vec<(TokenId, f32)>, RequestError> {
         let error = |what: String| RequestError::field("logit_bias", format!("logit_bias {what}"));
         let bias = |(key, value): (&String, &Value)| {
-            let id = key.parse().map_err(|_| error(format!("has token ids for keys; got {}", quoted(key))))?;
+            let id = key
+                .parse()
+                .ok()
+                .filter(|id: &TokenId| id.to_string() == *key)
+                .ok_or_else(|| error(format!("has token ids for keys; got {}", quoted(key))))?;
             let bias = value.as_f64().ok_or_else(|| error(format!("of token {id} must be a number; got {value}")))?;
             Ok((id, bias as f32))
         };
@@ -120,6 +124,9 @@ impl Common {
 pub struct StreamOptions {
     /// Send a last chunk with the usage.
     pub include_usage: bool,
+    /// Some clients ask for the usage so far in every chunk and read the last; they get it at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub continuous_usage_stats: Option<bool>,
 }
 
 /// What the text must be.

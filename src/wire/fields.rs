@@ -78,15 +78,10 @@ impl Fields {
         }
     }
 
-    /// Takes a field out: bodies can be large, so values are not copied but for the message about a wrong one.
+    /// Takes a field out.
     pub(super) fn take<T: DeserializeOwned>(&mut self, field: &str, expected: &str) -> Result<Option<T>, RequestError> {
-        let Some(value) = self.0.get_mut(field) else { return Ok(None) };
-        // The beginning of a long array tells as much as all of it.
-        let head = match &*value {
-            Value::Array(items) => Value::Array(items.iter().take(40).cloned().collect()),
-            other => other.clone(),
-        };
-        serde_json::from_value(value.take()).map(Some).map_err(|_| wrong(field, expected, &head))
+        let Some(value) = self.0.remove(field) else { return Ok(None) };
+        T::deserialize(&value).map(Some).map_err(|_| wrong(field, expected, &value))
     }
 }
 
@@ -97,7 +92,11 @@ pub(super) fn wrong(field: &str, expected: &str, value: &Value) -> RequestError 
 
 /// A value as it was given, cut to a length that fits a message.
 pub(super) fn shown(value: &Value) -> String {
-    cut(&value.to_string())
+    match value {
+        // The beginning of a long array tells as much as all of it.
+        Value::Array(items) => cut(&Value::Array(items.iter().take(40).cloned().collect()).to_string()),
+        other => cut(&other.to_string()),
+    }
 }
 
 /// A text as it was given, in quotes.

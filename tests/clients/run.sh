@@ -79,7 +79,7 @@ client() {
 }
 
 template=$here/chat_template.jinja
-additions=(--allow-request-router --allow-moe-trace)
+additions=(--allow-request-router --request-experts-max 8 --allow-moe-trace)
 
 # As a base model is served, in the precision that transformers is compared with.
 start plain --dtype f32
@@ -87,9 +87,9 @@ client 'openai-python, no chat template' "$python" "$here/openai_client.py" --ur
 client 'lm-eval' "$python" "$here/lm_eval_client.py" --url "$url" --checkpoint models/stories-mixtral
 
 # Everything switched on, behind a key, with a queue that can be overrun.
-start full --chat-template "$template" --api-key the-key "${additions[@]}" --max-num-seqs 8 --max-queue 32
+start full --chat-template "$template" --api-key the-key-of-these-tests "${additions[@]}" --max-num-seqs 8 --max-queue 32
 client 'openai-python, chat, key, full queue' "$python" "$here/openai_client.py" --url "$url" --chat \
-  --api-key the-key --provoke-429 120
+  --api-key the-key-of-these-tests --provoke-429 120
 
 # A short context: most of what schemathesis makes up is valid, and computed.
 start short --chat-template "$template" "${additions[@]}" --max-model-len 128

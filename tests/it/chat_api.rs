@@ -5,13 +5,13 @@ use moe_serve::engine::api::Generate;
 use moe_serve::wire::{ChatChunk, ChatResponse};
 use serde_json::{Value, json};
 
-const PLAIN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
+pub const PLAIN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
                      {% if messages[0].role == 'system' and messages | length == 1 %}\
                      {{ raise_exception('a system message alone says nothing') }}{% endif %}\
                      {% if add_generation_prompt %}assistant:{% endif %}";
 
 /// Teaches calls as Hermes models write them.
-const WITH_TOOLS: &str = r#"{% if tools %}Tools: {{ tools | tojson }}
+pub const WITH_TOOLS: &str = r#"{% if tools %}Tools: {{ tools | tojson }}
 Call one as <tool_call>
 {"name": <name>, "arguments": <arguments>}
 </tool_call>
@@ -206,13 +206,17 @@ async fn bad_requests_are_refused_by_name() {
         (json!({"messages": []}), "messages", "at least one message"),
         (json!({"messages": alone}), "messages", "a system message alone says nothing"),
         (json!({"top_logprobs": 2}), "top_logprobs", "\"logprobs\": true"),
-        (json!({"logprobs": true, "top_logprobs": 21}), "logprobs", "got 21"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "got 21"),
         (json!({"max_completion_tokens": 0}), "max_completion_tokens", "at least 1"),
         (json!({"max_tokens": 3}), "max_tokens", "older name"),
-        (json!({"max_completion_tokens": 5000}), "max_tokens", "got 5000"),
+        (json!({"max_completion_tokens": 5000}), "max_completion_tokens", "got 5000"),
         (json!({"chat_template": "{{ messages }}"}), "chat_template", "--chat-template"),
-        (json!({"continue_final_message": true, "add_generation_prompt": true}), "continue_final_message", "exclude"),
-        (json!({"chat_template_kwargs": {"messages": []}}), "messages", "chat_template_kwargs"),
+        (
+            json!({"continue_final_message": true, "add_generation_prompt": true}),
+            "continue_final_message",
+            "cannot both be true",
+        ),
+        (json!({"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs", "chat_template_kwargs"),
         (json!({"prompt": "x"}), "prompt", "unknown field"),
     ] {
         says(&refused(&server, body(fields)).await, param, message);

@@ -1,109 +1,11 @@
 //! The built binary: its help, its refusals, and its end.
 
+use crate::binary::{Process, Serving, refusal};
 use crate::support::{Series, client, repo};
 use futures::StreamExt;
 use moe_serve::moe::router::ROUTERS;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// A process of the binary; killed when dropped.
-struct Process {
-    child: Child,
-    stdout: Receiver<String>,
-    stderr: Option<JoinHandle<String>>,
-}
-
-impl Process {
-    /// Starts the binary, without what this environment might tell it.
-    fn start(args: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-serve"));
-        for (name, _) in std::env::vars() {
-            if ["MOE_", "RUST_", "HF_"].iter().any(|p| name.starts_with(p)) {
-                command.env_remove(name);
-            }
-        }
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let (lines, stdout) = channel();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        std::thread::spawn(move || out.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
-        let mut err = child.stderr.take().unwrap();
-        let stderr = std::thread::spawn(move || {
-            let mut text = String::new();
-            err.read_to_string(&mut text).unwrap();
-            text
-        });
-        Self { child, stdout, stderr: Some(stderr) }
-    }
-
-    /// Waits until the process ends by itself; its exit status and what it wrote to stderr.
-    fn end(&mut self, limit: Duration) -> (ExitStatus, String) {
-        let deadline = Instant::now() + limit;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "still running after {limit:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        (status, self.stderr.take().unwrap().join().unwrap())
-    }
-
-    fn signal(&self, name: &str) {
-        let sent = Command::new("sh").args(["-c", &format!("kill -{name} {}", self.child.id())]).status().unwrap();
-        assert!(sent.success());
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The binary while it serves.
-struct Serving {
-    process: Process,
-    /// What it printed up to the address.
-    lines: Vec<String>,
-    url: String,
-}
-
-impl Serving {
-    fn start(args: &[&str]) -> Self {
-        let process = Process::start(&[&["--port", "0"], args].concat());
-        let mut lines = Vec::new();
-        let url = loop {
-            let line = process.stdout.recv_timeout(Duration::from_secs(20)).expect("the address line in time");
-            lines.push(line.clone());
-            if let Some(address) = line.strip_prefix("address") {
-                break address.split_whitespace().next().unwrap().to_string();
-            }
-        };
-        Self { process, lines, url }
-    }
-
-    async fn post(&self, body: Value) -> reqwest::Response {
-        let response = client().post(format!("{}/v1/completions", self.url)).json(&body).send().await.unwrap();
-        assert_eq!(response.status(), 200);
-        response
-    }
-}
-
-/// stderr of a start that must fail with `code`.
-fn refusal(args: &[&str], code: i32) -> String {
-    let mut process = Process::start(args);
-    let (status, stderr) = process.end(Duration::from_secs(20));
-    assert_eq!(status.code(), Some(code), "{args:?}: {stderr}");
-    assert!(!stderr.contains("panicked") && !stderr.contains("backtrace"), "{args:?}: {stderr}");
-    assert!(stderr.len() < 1500 && stderr.lines().count() < 12, "{args:?}: not a short message: {stderr}");
-    stderr
-}
 
 #[test]
 fn help_explains_every_router_and_flag() {
@@ -196,10 +98,7 @@ fn choices_that_do_not_fit_the_model_or_machine_are_refused_with_the_range() {
 #[tokio::test]
 async fn it_says_what_it_serves_and_serves_it() {
     let serving = Serving::start(&["--router", "dynk:0.8", "--served-model-name", "tale", "--max-model-len", "512"]);
-    let line = |name: &str| {
-        let line = serving.lines.iter().find(|l| l.split_whitespace().next() == Some(name));
-        line.unwrap_or_else(|| panic!("no line on {name} in {:?}", serving.lines))
-    };
+    let line = |name: &str| serving.line(name);
     for (name, texts) in [
         ("model", &["tale", "4 layers", "8 experts"][..]),
         ("runs", &["cpu"]),

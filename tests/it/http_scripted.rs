@@ -330,7 +330,14 @@ async fn every_refusal_of_the_generator_has_its_status() {
             None,
             "9 is the limit",
         ),
-        (SubmitError::Grammar("no".into()), 400, "invalid_request_error", None, Some("response_format"), "no"),
+        (
+            SubmitError::Grammar { tools: false, message: "no".into() },
+            400,
+            "invalid_request_error",
+            None,
+            Some("response_format"),
+            "no",
+        ),
         (SubmitError::Busy("later".into()), 429, "rate_limit_error", Some("grammar_busy"), None, "later"),
         (SubmitError::Stopping, 503, "server_error", Some("draining"), None, "shutting down"),
     ] {
@@ -370,6 +377,16 @@ async fn a_bad_prompt_among_good_ones_submits_nothing() {
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{prompts}");
         assert!(answer.error()["message"].as_str().unwrap().contains(message), "{}", answer.body);
     }
+}
+
+#[tokio::test]
+async fn an_answer_that_would_be_out_of_all_proportion_is_refused() {
+    let generate = Scripted::new([]);
+    let prompts = vec!["b".repeat(60); 40];
+    let body = json!({"prompt": prompts, "n": 128, "echo": true, "logprobs": 20, "max_tokens": 1});
+    let answer = complete(&generate, body).await;
+    assert_eq!((answer.status, &answer.error()["param"]), (StatusCode::BAD_REQUEST, &json!("logprobs")));
+    assert!(answer.body.contains("at most 1048576; got 6451200"), "{}", answer.body);
 }
 
 #[tokio::test]

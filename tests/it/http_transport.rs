@@ -7,6 +7,7 @@ use hyper::body::Bytes;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use moe_serve::http::{ConnectionLimits, Tls, Transport};
 use rustls::pki_types::{CertificateDer, ServerName};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,13 +23,13 @@ fn short() -> ConnectionLimits {
 }
 
 /// A certificate for localhost and its key, in files of `dir`.
-struct Pair {
-    cert: PathBuf,
-    key: PathBuf,
+pub struct Pair {
+    pub cert: PathBuf,
+    pub key: PathBuf,
     der: CertificateDer<'static>,
 }
 
-fn pair(dir: &Path, name: &str) -> Pair {
+pub fn pair(dir: &Path, name: &str) -> Pair {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
     let (cert, key) = (dir.join(format!("{name}.crt")), dir.join(format!("{name}.key")));
     std::fs::write(&cert, made.cert.pem()).unwrap();
@@ -42,14 +43,14 @@ impl Pair {
     }
 
     /// A connection that offers `protocols`.
-    async fn connect(&self, site: &Site, protocols: &[&str]) -> TlsStream<TcpStream> {
+    pub async fn connect(&self, address: SocketAddr, protocols: &[&str]) -> TlsStream<TcpStream> {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.der.clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let versions = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let mut config = versions.unwrap().with_root_certificates(roots).with_no_client_auth();
         config.alpn_protocols = protocols.iter().map(|p| p.as_bytes().to_vec()).collect();
-        let stream = TcpStream::connect(site.address).await.unwrap();
+        let stream = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
         TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
     }
@@ -87,13 +88,13 @@ async fn https_speaks_http1_and_http2() {
     let pair = pair(dir.path(), "a");
     let site = Site::start(routes(), pair.transport(ConnectionLimits::default())).await;
     for protocols in [&[][..], &["http/1.1"]] {
-        let stream = TokioIo::new(pair.connect(&site, protocols).await);
+        let stream = TokioIo::new(pair.connect(site.address, protocols).await);
         let (mut client, connection) = hyper::client::conn::http1::handshake(stream).await.unwrap();
         tokio::spawn(connection);
         let answer = text(client.send_request(ask("/hello")).await.unwrap()).await;
         assert_eq!(answer, (Version::HTTP_11, "hello".into()));
     }
-    let stream = pair.connect(&site, &["h2", "http/1.1"]).await;
+    let stream = pair.connect(site.address, &["h2", "http/1.1"]).await;
     assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
     let (client, connection) =
         hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
@@ -147,7 +148,7 @@ async fn a_client_that_never_shakes_hands_is_cut_and_holds_no_one_up() {
     for _ in 0..50 {
         silent.push(TcpStream::connect(site.address).await.unwrap());
     }
-    let stream = TokioIo::new(pair.connect(&site, &[]).await);
+    let stream = TokioIo::new(pair.connect(site.address, &[]).await);
     let (mut client, connection) = hyper::client::conn::http1::handshake(stream).await.unwrap();
     tokio::spawn(connection);
     assert_eq!(text(client.send_request(ask("/hello")).await.unwrap()).await.1, "hello");
@@ -160,7 +161,7 @@ async fn a_client_that_never_shakes_hands_is_cut_and_holds_no_one_up() {
     assert!(!rest(&mut plain).await.0.contains("HTTP"));
     // Hands shaken, then silent.
     for protocols in [&["h2"][..], &["http/1.1"]] {
-        let took = rest(&mut pair.connect(&site, protocols).await).await.1;
+        let took = rest(&mut pair.connect(site.address, protocols).await).await.1;
         assert!(took < Duration::from_secs(5), "{protocols:?}: {took:?}");
     }
 }
@@ -286,7 +287,7 @@ async fn shutdown_finishes_streams_of_http2() {
     let mut site = Site::start(routes(), pair.transport(ConnectionLimits::default())).await;
     let shaking = TcpStream::connect(site.address).await.unwrap();
     let connect = async || {
-        let stream = TokioIo::new(pair.connect(&site, &["h2"]).await);
+        let stream = TokioIo::new(pair.connect(site.address, &["h2"]).await);
         hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap()
     };
     let (mut busy, connection) = connect().await;

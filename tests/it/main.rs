@@ -1,6 +1,8 @@
 //! The integration tests: one binary, one module per subject.
 
+mod async_openai;
 mod bad_input;
+mod binary;
 mod chat;
 mod chat_api;
 mod checkpoint;
@@ -17,7 +19,10 @@ mod hub;
 mod loading;
 mod memory;
 mod mock_hub;
+#[cfg(feature = "otel")]
+mod otel;
 mod pages;
+mod process;
 mod readme;
 mod savings;
 mod shared_data;

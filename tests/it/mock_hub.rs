@@ -30,6 +30,8 @@ pub enum Fault {
     Break(usize),
     /// Sends a well-formed answer of this many bytes at most.
     Short(usize),
+    /// Sends the head and this many bytes of the content, and then nothing more.
+    Stall(usize),
     /// Sends the whole file whatever range was asked for.
     NoRanges,
 }
@@ -214,6 +216,11 @@ fn file(bytes: &[u8], sha: &str, range: Option<&str>, fault: Option<Fault>) -> R
                 broken
             });
             Body::from_stream(futures::stream::iter([Ok(sent)]).chain(pause))
+        }
+        Some(Fault::Stall(after)) => {
+            response = response.header("content-length", part.len());
+            let sent = Ok::<_, std::io::Error>(Bytes::copy_from_slice(&part[..after.min(part.len())]));
+            Body::from_stream(futures::stream::iter([sent]).chain(futures::stream::pending()))
         }
         Some(Fault::Short(max)) => Body::from(part[..max.min(part.len())].to_vec()),
         Some(Fault::NoRanges) | None => Body::from(part.to_vec()),
