@@ -1,7 +1,11 @@
 //! What the tests of both backends are made with.
 
-use super::{Backend, Experts, ExpertsBuilder, HostTensor, reference};
+use super::{
+    Backend, Experts, ExpertsBuilder, HostTensor, KvCache, KvShape, Segment, StepLayout, attention, reference, to_host,
+};
 use crate::moe::{Routing, RoutingBuilder};
+use crate::types::BlockId;
+use candle_core::DType;
 
 /// Reproducible numbers in ±1.
 pub(super) fn numbers(seed: u64, n: usize) -> Vec<f32> {
@@ -60,4 +64,37 @@ pub(super) fn experts_of(
         plain.push((gate.to_f32(), up.to_f32(), down.to_f32()));
     }
     (builder.finish().unwrap(), plain)
+}
+
+/// Copies the blocks of a sequence, goes on with the copy, and checks that both attend as one sequence would.
+pub(super) fn check_copied_blocks(backend: &Backend) {
+    let (heads, head_dim, block_size) = (2, 8, 4);
+    let width = heads * head_dim;
+    let shape = KvShape { layers: 2, blocks: 5, block_size, kv_heads: heads, head_dim };
+    // Activations on the CPU are f32 whatever the cache holds.
+    let dtype = if backend.device().is_cpu() { DType::F32 } else { backend.dtype() };
+    let mut kv = KvCache::new(shape, backend).unwrap();
+    // Tokens `start..start + len` with keys and values of `seed`, in the given blocks; their attention in both layers.
+    let run = |kv: &mut KvCache, start: usize, len: usize, seed: u64, blocks: [u32; 2]| -> Vec<f32> {
+        let blocks = blocks.map(BlockId).to_vec();
+        let step = StepLayout::new(vec![Segment { start, len, blocks }], kv, backend).unwrap();
+        let rows = |seed: u64| {
+            let values = HostTensor::from_f32(&[len, width], &exact(seed, len * width));
+            values.to_tensor(dtype, backend.device()).unwrap()
+        };
+        let layer = |layer: usize| {
+            let seed = seed + 10 * layer as u64;
+            let (q, k, v) = (rows(seed), rows(seed + 1), rows(seed + 2));
+            to_host(&attention(&q, &k, &v, layer, None, kv, &step).unwrap()).unwrap()
+        };
+        [0, 1].map(layer).concat()
+    };
+    run(&mut kv, 0, 6, 1, [3, 1]);
+    kv.copy_blocks(&[(BlockId(3), BlockId(0)), (BlockId(1), BlockId(4))]).unwrap();
+    let copy = run(&mut kv, 6, 1, 50, [0, 4]);
+    assert_ne!(run(&mut kv, 6, 1, 70, [3, 1]), copy, "other keys and values come next");
+    assert_eq!(run(&mut kv, 6, 1, 50, [3, 1]), copy, "what is in the copy is what is in the source");
+    assert_eq!(run(&mut kv, 6, 1, 50, [0, 4]), copy, "and neither writes into the other");
+    assert!(kv.copy_blocks(&[(BlockId(2), BlockId(2))]).is_err());
+    assert!(kv.copy_blocks(&[(BlockId(2), BlockId(5))]).is_err());
 }

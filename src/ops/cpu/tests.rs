@@ -1,7 +1,7 @@
 //! Every kernel against the reference, over ragged shapes.
 
 use super::*;
-use crate::ops::testing::{assert_close, exact, experts_of, numbers, routed, weights};
+use crate::ops::testing::{assert_close, check_copied_blocks, exact, experts_of, numbers, routed, weights};
 use crate::ops::{Backend, HostTensor, KvCache, KvShape, Linear, RmsNorm, Segment, StepLayout, Swiglu};
 use crate::ops::{attention as attend, reference};
 use crate::types::BlockId;
@@ -188,4 +188,9 @@ fn packed_rows_come_back_as_they_were() {
             assert_eq!(row, &w.to_f32()[id * 37..(id + 1) * 37]);
         }
     }
+}
+
+#[test]
+fn copied_blocks_hold_what_their_sources_hold() {
+    [DType::F32, DType::BF16, DType::F16].map(Backend::cpu).iter().for_each(check_copied_blocks);
 }

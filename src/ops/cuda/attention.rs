@@ -145,7 +145,7 @@ impl KvStore {
             let low = low.slice_mut(from.min(to) * len..(from.min(to) + 1) * len);
             let high = high.slice_mut(..len);
             let (source, mut target) = if from < to { (low, high) } else { (high, low) };
-            Ok(device.memcpy_dtod(&source, &mut target)?)
+            device.memcpy_dtod(&source, &mut target)
         };
         self.layers.iter_mut().try_for_each(|layer| copy(&mut layer.k).and_then(|()| copy(&mut layer.v)))
     }

@@ -289,3 +289,8 @@ fn chunks_steps_and_neighbours_do_not_change_a_bit_of_attention() {
         }
     }
 }
+
+#[test]
+fn copied_blocks_hold_what_their_sources_hold() {
+    backends().iter().for_each(testing::check_copied_blocks);
+}
