@@ -120,9 +120,8 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 fn router_name(text: &str) -> Result<String, String> {
-    let named = ROUTERS.iter().find(|r| r.name == text);
-    let names = || ROUTERS.iter().map(|r| r.name).collect::<Vec<_>>().join(", ");
-    named.map(|r| r.name.to_string()).ok_or_else(|| format!("there is no such router; there are {}", names()))
+    let bare = RouterSpec { name: text.into(), args: Vec::new(), options: Vec::new() };
+    find(&bare).map(|router| router.name.to_string()).map_err(|e| e.to_string())
 }
 
 fn kv_size(args: &Args) -> Option<KvSize> {

@@ -429,7 +429,7 @@ mod tests {
             assert!(error.contains(why) && error.chars().count() <= MESSAGE_CHARS_MAX, "{error} for {text:.99}");
             assert!(start.elapsed() < COMPILE_TIME_MAX, "{:?} for {text:.99}", start.elapsed());
         }
-        let nested = GrammarSpec::Lark(format!("start: {}", "(".repeat(9000)));
+        let nested = GrammarSpec::Lark(format!("start: {}", "(".repeat(9000)).into());
         assert!(grammars().compile(&nested).err().unwrap().to_string().contains("nested 9000 deep"));
     }
 
@@ -454,7 +454,7 @@ mod tests {
             for value in [&text, &quoted, &format!("[{quoted}]"), &format!("{{{quoted}: {{}}}}"), "-1", "1e999", "[{}]"] {
                 let _ = schema(&format!(r#"{{"{key}": {value}}}"#));
             }
-            let _ = grammars().compile(&GrammarSpec::Lark(format!("start: {text}")));
+            let _ = grammars().compile(&GrammarSpec::Lark(format!("start: {text}").into()));
         }
     }
 }

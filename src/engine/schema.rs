@@ -1,12 +1,14 @@
 //! What of a schema or grammar is refused before the compiler sees it, since the compiler's own limits do not cover it.
 
 use super::grammar::GrammarError;
-use crate::types::{GRAMMAR_BYTES_MAX, GrammarSpec};
+use crate::types::GrammarSpec;
 use llguidance::JsonCompileOptions;
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 
+/// Longest schema or grammar, in bytes.
+const GRAMMAR_BYTES_MAX: usize = 64 << 10;
 /// Deepest nesting of brackets: the compiler recurses into them.
 const NESTING_MAX: usize = 64;
 /// The compiler needs a state per remainder.
@@ -40,7 +42,7 @@ pub(super) fn source(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError
             check_nesting(deepest)?;
             let schemas = grammar.lines().filter_map(|line| line.split_once(LARK_JSON));
             schemas.map(|(_, schema)| schema).try_for_each(|schema| checked(schema).map(drop))?;
-            Ok(TopLevelGrammar::from_lark(grammar.clone()))
+            Ok(TopLevelGrammar::from_lark(grammar.to_string()))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_text, unique_id};
 use super::error::ApiError;
-use super::prepare::{check_model, prepared, request, streaming, submit};
+use super::prepare::{Prepared, blocking, check_model, prepared, request, router_of, streaming, submit};
 use super::read::Body;
 use super::{App, Service};
 use crate::chat::{ChatError, ChatTemplate, Piece, TemplateInput, ToolCall, ToolFormat, ToolStream, adapt, tool_names};
@@ -21,18 +21,22 @@ use std::sync::Arc;
 pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Response, ApiError> {
     let head = Head::new("chatcmpl", service.generate.as_ref());
     let reading = service.clone();
-    let Prepared { request, form, stream } = prepared(move || Prepared::new(&reading, &body)).await?;
-    let events = submit(service, vec![request]).await?;
+    let Prepared { requests, form, stream } = prepared(move || prepare(&reading, &body)).await?;
+    let events = submit(service, requests).await?;
     if let Some(include_usage) = stream {
         let n = form.n;
         return Ok(streamed(Streamed::new(head, form), events, n, include_usage));
     }
     let (answers, usage) = collected(events, form.n).await?;
-    let usage = UsageBody::new(&usage, &form.router);
-    let choices = answers.into_iter().flat_map(|answer| form.choices(answer)).collect();
-    let Head { id, created, model } = head;
-    let object = "chat.completion".into();
-    Ok(Json(ChatResponse { id, object, created, model, choices, usage }).into_response())
+    // What is told of many tokens takes its time to write.
+    blocking(move || {
+        let usage = UsageBody::new(&usage, &form.router);
+        let choices = answers.into_iter().flat_map(|answer| form.choices(answer)).collect();
+        let Head { id, created, model } = head;
+        let object = "chat.completion".into();
+        Json(ChatResponse { id, object, created, model, choices, usage }).into_response()
+    })
+    .await
 }
 
 /// The prompt that the model's template makes of the messages.
@@ -86,26 +90,11 @@ fn forbids_tools(asked: &ChatRequest) -> bool {
 }
 
 /// How calls of tools are found in the text.
-#[derive(Clone)]
 struct Tools {
     format: ToolFormat,
     names: Vec<String>,
     /// What a call begins with, where that is a special token.
     marker: Option<TokenId>,
-}
-
-impl Tools {
-    fn stream(&self) -> ToolStream {
-        ToolStream::new(self.format, self.names.clone())
-    }
-}
-
-/// A request that can be queued.
-struct Prepared {
-    request: GenerateRequest,
-    form: Form,
-    /// If it is streamed, whether with usage.
-    stream: Option<bool>,
 }
 
 /// What the answer is to look like.
@@ -118,35 +107,33 @@ struct Form {
     tools: Option<Tools>,
 }
 
-impl Prepared {
-    fn new(service: &Arc<Service>, body: &[u8]) -> Result<Self, ApiError> {
-        let asked = ChatRequest::parse(body)?;
-        let generate = service.generate.as_ref();
-        check_model(asked.common.model.as_ref(), generate)?;
-        let stream = streaming(&asked.common)?;
-        let mut base = request(&asked.common, &service.options)?;
-        base.logprobs = logprobs(&asked)?;
-        let prompt = render(service, &asked)?;
-        let tools = tools(service, &asked)?;
-        if let Some(tools) = &tools {
-            // What marks a call must be seen.
-            base.skip_special_tokens &= tools.marker.is_none();
-            constrain(&mut base, tools, &asked)?;
-        }
-        // The template has written what special tokens there are to be.
-        let prompt = generate.encode(&prompt, false).map_err(|e| ApiError::invalid(Some("messages"), e))?;
-        let room = generate.info().limits.max_model_len.saturating_sub(prompt.len()).max(1);
-        let request = GenerateRequest { max_tokens: max_tokens(&asked, room)?, prompt, ..base };
-        let form = Form {
-            generate: service.generate.clone(),
-            router: request.router.clone().unwrap_or_else(|| generate.info().router.clone()),
-            n: request.n,
-            logprobs: request.logprobs.is_some(),
-            trace: request.trace,
-            tools,
-        };
-        Ok(Self { request, form, stream })
+fn prepare(service: &Service, body: &[u8]) -> Result<Prepared<Form>, ApiError> {
+    let asked = ChatRequest::parse(body)?;
+    let generate = service.generate.as_ref();
+    check_model(asked.common.model.as_ref(), generate)?;
+    let stream = streaming(&asked.common)?;
+    let mut base = request(&asked.common, &service.options)?;
+    base.logprobs = logprobs(&asked)?;
+    let prompt = render(service, &asked)?;
+    let tools = tools(service, &asked)?;
+    if let Some(tools) = &tools {
+        // What marks a call must be seen.
+        base.skip_special_tokens &= tools.marker.is_none();
+        constrain(&mut base, tools, &asked)?;
     }
+    // The template has written what special tokens there are to be.
+    let prompt = generate.encode(&prompt, false).map_err(|e| ApiError::invalid(Some("messages"), e))?;
+    let room = generate.info().limits.max_model_len.saturating_sub(prompt.len()).max(1);
+    let request = GenerateRequest { max_tokens: max_tokens(&asked, room)?, prompt, ..base };
+    let form = Form {
+        generate: service.generate.clone(),
+        router: router_of(&request, generate),
+        n: request.n,
+        logprobs: request.logprobs.is_some(),
+        trace: request.trace,
+        tools,
+    };
+    Ok(Prepared { requests: vec![request], form, stream })
 }
 
 fn logprobs(asked: &ChatRequest) -> Result<Option<usize>, ApiError> {
@@ -224,7 +211,7 @@ fn constrain(request: &mut GenerateRequest, tools: &Tools, asked: &ChatRequest) 
     let given = asked.tools.as_deref().unwrap_or_default();
     let grammar = tools.format.grammar(given, name, parallel, tools.marker);
     let grammar = grammar.map_err(|e| ApiError::invalid(Some("tool_choice"), e.to_string()))?;
-    request.grammar = Some(GrammarSpec::Lark(grammar));
+    request.grammar = Some(GrammarSpec::Lark(grammar.into()));
     Ok(())
 }
 
@@ -241,18 +228,11 @@ impl Form {
             prompt: Some(experts.to_vec()),
             completion: done.tokens.into_iter().map(|t| t.experts).collect(),
         });
-        let mut content = String::new();
-        let mut tool_calls = Vec::new();
-        match self.tools.as_ref().map(Tools::stream) {
-            None => content = done.text,
-            Some(mut stream) => {
-                let pieces = stream.push(&done.text).into_iter().chain(stream.finish());
-                pieces.for_each(|piece| match piece {
-                    Piece::Text(text) => content.push_str(&text),
-                    Piece::Call { call, .. } => tool_calls.push(call_body(call, None)),
-                });
-            }
-        }
+        let (content, calls) = match &self.tools {
+            None => (done.text, Vec::new()),
+            Some(tools) => tools.format.parse(&done.text, &tools.names),
+        };
+        let tool_calls: Vec<_> = calls.into_iter().map(|call| call_body(call, None)).collect();
         let finish_reason = finish_reason(done.reason, !tool_calls.is_empty()).into();
         let content = (tool_calls.is_empty() || !content.trim().is_empty()).then_some(content);
         let message = AssistantMessage { role: ASSISTANT.into(), content, tool_calls };
@@ -294,15 +274,16 @@ struct Streamed {
     choices: Vec<StreamedChoice>,
 }
 
-#[derive(Default)]
 struct StreamedChoice {
     tools: Option<ToolStream>,
-    calls: usize,
+    /// Whether a call was made.
+    called: bool,
 }
 
 impl Streamed {
     fn new(head: Head, form: Form) -> Self {
-        let one = |_| StreamedChoice { tools: form.tools.as_ref().map(Tools::stream), calls: 0 };
+        let stream = |tools: &Tools| ToolStream::new(tools.format, tools.names.clone());
+        let one = |_| StreamedChoice { tools: form.tools.as_ref().map(stream), called: false };
         let choices = (0..form.n).map(one).collect();
         Self { head, form, choices }
     }
@@ -317,11 +298,11 @@ impl Streamed {
     }
 
     fn deltas(&mut self, index: usize, pieces: Vec<Piece>) -> Vec<Delta> {
-        let calls = &mut self.choices[index].calls;
+        let called = &mut self.choices[index].called;
         let delta = |piece| match piece {
             Piece::Text(text) => Delta { content: Some(text), ..Default::default() },
             Piece::Call { index, call } => {
-                *calls = index + 1;
+                *called = true;
                 Delta { tool_calls: vec![call_body(call, Some(index))], ..Default::default() }
             }
         };
@@ -370,7 +351,7 @@ impl Pieces for Streamed {
         let rest = self.choices[index].tools.as_mut().map(ToolStream::finish).unwrap_or_default();
         let deltas = self.deltas(index, rest);
         let rest = deltas.into_iter().map(|delta| ChatChunkChoice { index, delta, ..Default::default() });
-        let finish_reason = Some(finish_reason(reason, self.choices[index].calls > 0).into());
+        let finish_reason = Some(finish_reason(reason, self.choices[index].called).into());
         let end = ChatChunkChoice { index, finish_reason, ..Default::default() };
         rest.chain([end]).map(|choice| self.chunk(choice)).collect()
     }

@@ -2,7 +2,7 @@
 
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_name};
 use super::error::ApiError;
-use super::prepare::{check_model, prepared, request, streaming, submit};
+use super::prepare::{Prepared, blocking, check_model, prepared, request, router_of, streaming, submit};
 use super::read::Body;
 use super::{App, Service};
 use crate::engine::api::{Generate, PromptReport, TokenReport, TokenScore};
@@ -26,7 +26,7 @@ const MAX_TOKENS_DEFAULT: usize = 16;
 pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Response, ApiError> {
     let head = Head::new("cmpl", service.generate.as_ref());
     let reading = service.clone();
-    let Prepared { requests, form, stream } = prepared(move || Prepared::new(&reading, &body)).await?;
+    let Prepared { requests, form, stream } = prepared(move || prepare(&reading, &body)).await?;
     let events = submit(service, requests).await?;
     if let Some(include_usage) = stream {
         let n = form.n;
@@ -34,25 +34,16 @@ pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Resp
     }
     let (answers, usage) = collected(events, form.of).await?;
     // What is told of a long prompt takes its time to write.
-    let write = move || {
+    blocking(move || {
         let usage = UsageBody::new(&usage, &form.router);
         let choices = form.choices(answers);
         let Head { id, created, model } = head;
         Json(CompletionResponse { id, object: OBJECT.into(), created, model, choices, usage }).into_response()
-    };
-    let written = tokio::task::spawn_blocking(write).await;
-    written.map_err(|e| ApiError::engine(format!("the answer could not be written: {e}")))
+    })
+    .await
 }
 
 const OBJECT: &str = "text_completion";
-
-/// A request that can be queued.
-struct Prepared {
-    requests: Vec<GenerateRequest>,
-    form: Form,
-    /// If it is streamed, whether with usage.
-    stream: Option<bool>,
-}
 
 /// What the answer is to look like.
 struct Form {
@@ -79,20 +70,17 @@ struct Echo {
     chars: usize,
 }
 
-impl Prepared {
-    fn new(service: &Arc<Service>, body: &[u8]) -> Result<Self, ApiError> {
-        let request = CompletionRequest::parse(body)?;
-        let generate = service.generate.as_ref();
-        check_model(request.common.model.as_ref(), generate)?;
-        let stream = streaming(&request.common)?;
-        let (requests, form) = validate(service, request, stream.is_some())?;
-        Ok(Self { requests, form, stream })
-    }
+fn prepare(service: &Service, body: &[u8]) -> Result<Prepared<Form>, ApiError> {
+    let request = CompletionRequest::parse(body)?;
+    check_model(request.common.model.as_ref(), service.generate.as_ref())?;
+    let stream = streaming(&request.common)?;
+    let (requests, form) = validate(service, request, stream.is_some())?;
+    Ok(Prepared { requests, form, stream })
 }
 
 /// Makes the engine's requests of the API's, one per prompt, and the form of the answer.
 fn validate(
-    service: &Arc<Service>,
+    service: &Service,
     mut asked: CompletionRequest,
     stream: bool,
 ) -> Result<(Vec<GenerateRequest>, Form), ApiError> {
@@ -131,7 +119,7 @@ fn validate(
     let told = base.scoring.is_some();
     let form = Form {
         generate: service.generate.clone(),
-        router: base.router.clone().unwrap_or_else(|| info.router.clone()),
+        router: router_of(&base, generate),
         n: asked.common.n.unwrap_or(1),
         of: base.n,
         echo: echo.then_some(echoes),

@@ -3,7 +3,7 @@
 use super::error::ApiError;
 use super::{Service, ServiceOptions};
 use crate::engine::api::{Events, Generate};
-use crate::types::{GRAMMAR_BYTES_MAX, GenerateRequest, GrammarSpec, SamplingParams, SpecError};
+use crate::types::{GenerateRequest, GrammarSpec, RouterSpec, SamplingParams, SpecError};
 use crate::wire::{Common, ResponseFormat, Stop};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -19,12 +19,32 @@ pub(super) async fn prepared<T: Send + 'static>(
         return Err(ApiError::unavailable("draining", "the server is shutting down"));
     };
     // The work holds the permit, not this future: a client that leaves ends the future, not the work.
-    let work = move || {
+    blocking(move || {
         let _permit = permit;
         work()
-    };
+    })
+    .await?
+}
+
+/// Runs `work` on a thread that serves no sockets.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| ApiError::engine(format!("the request could not be prepared: {e}")))?
+    done.map_err(|e| ApiError::engine(format!("the work on the request failed: {e}")))
+}
+
+/// A request that can be queued.
+pub(super) struct Prepared<F> {
+    /// One per prompt.
+    pub requests: Vec<GenerateRequest>,
+    /// What the answer is to look like.
+    pub form: F,
+    /// If it is streamed, whether with usage.
+    pub stream: Option<bool>,
+}
+
+/// The router that `request` gets.
+pub(super) fn router_of(request: &GenerateRequest, generate: &dyn Generate) -> RouterSpec {
+    request.router.as_ref().unwrap_or(&generate.info().router).clone()
 }
 
 /// Checks that the model asked for is the one that is served.
@@ -65,25 +85,21 @@ pub(super) fn request(common: &Common, options: &ServiceOptions) -> Result<Gener
         ignore_eos: common.ignore_eos.unwrap_or(false),
         skip_special_tokens: common.skip_special_tokens.unwrap_or(true),
         trace,
-        grammar: common.response_format.as_ref().map(grammar).transpose()?.flatten(),
+        grammar: common.response_format.as_ref().and_then(grammar),
         cache_salt: common.cache_salt.clone().unwrap_or_default(),
         router,
         ..GenerateRequest::greedy(Vec::new(), 0)
     })
 }
 
-fn grammar(format: &ResponseFormat) -> Result<Option<GrammarSpec>, ApiError> {
-    let json_schema = match format {
-        ResponseFormat::Text => return Ok(None),
-        ResponseFormat::JsonObject => return Ok(Some(GrammarSpec::JsonObject)),
-        ResponseFormat::JsonSchema { json_schema } => json_schema.schema.to_string(),
-    };
-    let bytes = json_schema.len();
-    if bytes > GRAMMAR_BYTES_MAX {
-        let message = format!("the schema has {bytes} bytes, but at most {GRAMMAR_BYTES_MAX} are taken: shorten it");
-        return Err(ApiError::invalid(Some("response_format"), message));
+fn grammar(format: &ResponseFormat) -> Option<GrammarSpec> {
+    match format {
+        ResponseFormat::Text => None,
+        ResponseFormat::JsonObject => Some(GrammarSpec::JsonObject),
+        ResponseFormat::JsonSchema { json_schema } => {
+            Some(GrammarSpec::JsonSchema(json_schema.schema.to_string().into()))
+        }
     }
-    Ok(Some(GrammarSpec::JsonSchema(json_schema)))
 }
 
 fn sampling(common: &Common) -> Result<SamplingParams, ApiError> {
@@ -143,12 +159,11 @@ pub(super) async fn submit(service: Arc<Service>, requests: Vec<GenerateRequest>
             "too many schemas and grammars are being compiled: try again later",
         ));
     };
-    let work = move || {
+    blocking(move || {
         let _permit = permit;
         submit_all(&service, requests)
-    };
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| ApiError::engine(format!("the grammar could not be compiled: {e}")))?
+    })
+    .await?
 }
 
 fn submit_all(service: &Service, requests: Vec<GenerateRequest>) -> Result<Vec<Events>, ApiError> {

@@ -9,8 +9,8 @@ mod work;
 
 pub use choice::{DeviceChoice, DtypeChoice};
 pub use request::{
-    FinishReason, GRAMMAR_BYTES_MAX, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX,
-    PromptScoring, SamplingParams, Usage,
+    FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX, PromptScoring, SamplingParams,
+    Usage,
 };
 pub use router_spec::{RouterSpec, SpecError};
 pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};

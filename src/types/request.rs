@@ -1,6 +1,7 @@
 //! A generation request, its limits, and what it used. [`GenerateRequest::check`] stands before every queue.
 
 use super::{RouterSpec, TokenId, Work};
+use std::sync::Arc;
 
 /// How the next token is drawn. [`GenerateRequest::check`] knows the ranges.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,15 +44,15 @@ impl Default for SamplingParams {
     }
 }
 
-/// What the text of a completion must be.
+/// What the text of a completion must be. Texts are shared, since every prompt and completion has the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GrammarSpec {
     /// Any JSON object.
     JsonObject,
     /// JSON that a JSON schema (as text) allows.
-    JsonSchema(String),
+    JsonSchema(Arc<str>),
     /// A grammar in llguidance's dialect of Lark.
-    Lark(String),
+    Lark(Arc<str>),
 }
 
 /// Which prompt tokens are scored: how likely the model finds them after what stands before them.
@@ -107,8 +108,6 @@ pub struct Limits {
 pub const N_MAX: usize = 128;
 /// Alternatives to a token whose log-probabilities can be asked for.
 pub const LOGPROBS_MAX: usize = 20;
-/// Bytes of a schema or grammar.
-pub const GRAMMAR_BYTES_MAX: usize = 64 << 10;
 /// Completions of one prompt that are held to a grammar: each has a state of its own.
 const GRAMMAR_N_MAX: usize = 16;
 /// Tokens whose logits one request can bias.

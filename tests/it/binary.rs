@@ -126,15 +126,7 @@ impl Serving {
 
     /// Reads the metrics until they are as `wanted`.
     pub async fn series_when(&self, what: &str, wanted: impl Fn(&Series) -> bool) -> Series {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            let series = self.series().await;
-            if wanted(&series) {
-                return series;
-            }
-            assert!(Instant::now() < deadline, "never {what}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        Series::when(Duration::from_secs(60), what, async || self.series().await, wanted).await
     }
 
     /// Ends it in order; all that it wrote, and what of that went to stderr.

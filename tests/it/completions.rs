@@ -340,7 +340,8 @@ async fn output_is_held_to_json_and_to_schemas() {
         assert!(answer.choices[0].text.trim_start().starts_with('{'));
     }
     assert!(finished > 0, "none ended: the test proves little");
-    for schema in [json!({"type": "objekt"}), json!({"$ref": "https://example.org/schema"}), json!(5)] {
+    let long = json!({"description": "x".repeat(70_000)});
+    for schema in [json!({"type": "objekt"}), json!({"$ref": "https://example.org/schema"}), json!(5), long] {
         let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
         let error = refused(&server, body(format, 0)).await;
         assert_eq!(error["param"], "response_format", "{error}");

@@ -265,15 +265,7 @@ impl Server {
 
     /// Reads the metrics until they are as `wanted`; gauges and step counters follow an answer by a step.
     pub async fn series_when(&self, what: &str, wanted: impl Fn(&Series) -> bool) -> Series {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            let series = self.series().await;
-            if wanted(&series) {
-                return series;
-            }
-            assert!(Instant::now() < deadline, "never {what}: {series:?}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        Series::when(Duration::from_secs(10), what, async || self.series().await, wanted).await
     }
 }
 
@@ -305,6 +297,24 @@ impl Series {
             (series.to_string(), value.parse().unwrap_or_else(|e| panic!("{line}: {e}")))
         };
         Self(lines.map(pair).collect())
+    }
+
+    /// Reads until the series are as `wanted`, for at most `patience`.
+    pub async fn when(
+        patience: Duration,
+        what: &str,
+        read: impl AsyncFn() -> Self,
+        wanted: impl Fn(&Self) -> bool,
+    ) -> Self {
+        let deadline = Instant::now() + patience;
+        loop {
+            let series = read().await;
+            if wanted(&series) {
+                return series;
+            }
+            assert!(Instant::now() < deadline, "never {what}: {series:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     /// The sum of all series called `name` that have every label of `labels`, each as `key="value"`.
