@@ -2,14 +2,13 @@
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use indicatif::{HumanBytes, HumanCount, MultiProgress, ProgressBar};
+use indicatif::HumanBytes;
 use moe_serve::chat::ChatTemplates;
 use moe_serve::engine::api::Generate;
-use moe_serve::engine::{Engine, EngineConfig, KvSize, RequestRouters, Text};
+use moe_serve::engine::{Engine, EngineConfig, Found, KvSize, RequestRouters};
 use moe_serve::http::{ApiKeys, Service, ServiceOptions, Switch, Tls, Transport, app, cors, wrap};
-use moe_serve::model::hub::{Files, HubOptions, bar_style, resolve};
-use moe_serve::model::{FAMILIES, LoadOptions, Loaded, load};
-use moe_serve::moe::Policy;
+use moe_serve::model::hub::{Files, HubOptions};
+use moe_serve::model::{FAMILIES, LoadOptions};
 use moe_serve::moe::router::{ROUTERS, find};
 use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
@@ -263,30 +262,15 @@ fn start_telemetry(args: &Args) -> Result<impl FnOnce()> {
 
 /// Loads the model, starts the engine, and says what is served.
 fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
-    let model = args.model.clone().map_or_else(bundled, Ok)?;
     let started = Instant::now();
-    let bars = MultiProgress::new();
     let mut hub = HubOptions { revision: args.revision.clone(), ..HubOptions::from_env() };
     hub.offline |= args.offline;
-    let files = resolve(&model, &hub, &bars)?;
-    let chat = chat_templates(args, &files)?;
-    let options = LoadOptions { dtype: args.dtype, device: args.device, max_model_len: args.max_model_len };
-    let bar = bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));
-    let loaded = load(&files, &options, {
-        let bar = bar.clone();
-        move |read, total| {
-            bar.set_length(total);
-            bar.set_position(read);
-        }
-    })?;
-    bar.finish_and_clear();
-    for field in &loaded.unread_config {
-        tracing::warn!("config.json has a field `{field}` that this server does not know; it was ignored");
+    let mut found = Found::find(args.model.as_deref(), &hub)?;
+    let chat = chat_templates(args, &found.files)?;
+    if let Some(name) = &args.served_model_name {
+        found.name.clone_from(name);
     }
-    let shape = loaded.model.shape().clone();
-    let text = Text::read(&files.tokenizer, shape.vocab)?;
-    let policy = Policy::build(&args.router, &shape.moe)?;
-    let name = args.served_model_name.clone().unwrap_or_else(|| default_name(&model));
+    let options = LoadOptions { dtype: args.dtype, device: args.device, max_model_len: args.max_model_len };
     let config = EngineConfig {
         max_num_seqs: args.max_num_seqs as usize,
         max_batched_tokens: args.max_batched_tokens as usize,
@@ -295,14 +279,13 @@ fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
         prefix_cache: !args.no_prefix_cache,
         request_routers: request_routers(args),
         cut_context: args.max_model_len.is_none(),
+        profile: false,
     };
-    let weights = loaded.model.bytes() as u64;
-    let model_lines = model_lines(&name, &loaded);
-    let max_positions = shape.max_positions;
-    let engine = Engine::start(name, loaded, text, policy, config)?;
-    println!("{model_lines}");
+    let launched = found.launch(&options, &args.router, config)?;
+    let (engine, max_positions) = (&launched.engine, launched.shape.max_positions);
+    println!("{}", launched.describe());
     println!("router     {}: {}", engine.info().router, engine.info().router_means);
-    println!("memory     {} weights, {} KV cache", HumanBytes(weights), HumanBytes(engine.kv_bytes()));
+    println!("memory     {} weights, {} KV cache", HumanBytes(launched.weight_bytes), HumanBytes(engine.kv_bytes()));
     let len = engine.info().limits.max_model_len;
     let cut = if args.max_model_len.is_none() && len < max_positions {
         format!(" of {max_positions} (what the KV cache holds; --kv-cache-gb raises it)")
@@ -310,40 +293,7 @@ fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
         String::new()
     };
     println!("context    {len} tokens{cut}; loaded in {:.1} s", started.elapsed().as_secs_f64());
-    Ok((engine, chat))
-}
-
-fn model_lines(name: &str, loaded: &Loaded) -> String {
-    let (shape, backend) = (loaded.model.shape(), loaded.model.backend());
-    let shared = if shape.moe.shared_width.is_some() { " and a shared one" } else { "" };
-    format!(
-        "model      {name}: {} parameters, {} layers, {} of them mixtures of {} experts{shared}\n\
-         runs on    {} with {} weights",
-        HumanCount(shape.parameters as u64),
-        shape.layers.len(),
-        shape.moe.layers,
-        shape.moe.experts,
-        backend.describe(),
-        format!("{:?}", backend.dtype()).to_lowercase(),
-    )
-}
-
-/// The checkpoint that comes with the source.
-fn bundled() -> Result<String> {
-    const BUNDLED: &str = "models/stories-mixtral";
-    let places = [PathBuf::from(BUNDLED), Path::new(env!("CARGO_MANIFEST_DIR")).join(BUNDLED)];
-    let found = places.iter().find(|p| p.is_dir());
-    let found = found.context("the bundled checkpoint models/stories-mixtral is not here; give --model ID|DIR")?;
-    Ok(found.display().to_string())
-}
-
-/// A directory's last part, or the hub id as it is.
-fn default_name(model: &str) -> String {
-    let path = Path::new(model);
-    match path.canonicalize().ok().filter(|p| p.is_dir()) {
-        Some(dir) => dir.file_name().map_or_else(|| model.into(), |n| n.to_string_lossy().into_owned()),
-        None => model.into(),
-    }
+    Ok((launched.engine, chat))
 }
 
 /// The template that turns messages into prompts: the operator's, or the checkpoint's own.

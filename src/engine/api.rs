@@ -95,6 +95,8 @@ pub enum Event {
 pub struct PromptReport {
     /// Of every prompt token, if scores were asked for; none of the first and of those before the first wanted.
     pub scores: Vec<Option<TokenScore>>,
+    /// If asked for, the log-probabilities of the whole vocabulary at every scored token, and after the last token.
+    pub distributions: Vec<Vec<f32>>,
     /// Experts used per MoE layer by the pass over every prompt token, if a trace was asked for; none of cached ones.
     pub experts: Vec<Option<Vec<u16>>>,
 }
@@ -134,13 +136,18 @@ impl Events {
         Self { receiver }
     }
 
+    /// Waits for the next event on a thread that is not asynchronous; `None` after the last.
+    pub fn blocking_next(&mut self) -> Option<Event> {
+        self.receiver.blocking_recv()
+    }
+
     /// Waits for the end of one completion on a thread that is not asynchronous: its text, why it ended, what it used.
     ///
     /// # Errors
     /// The engine's message if it failed.
     pub fn wait(mut self) -> Result<(String, FinishReason, Usage), String> {
         let mut text = String::new();
-        while let Some(event) = self.receiver.blocking_recv() {
+        while let Some(event) = self.blocking_next() {
             match event {
                 Event::Prompt(_) => {}
                 Event::Text { text: more, .. } => text.push_str(&more),

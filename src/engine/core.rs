@@ -1,15 +1,15 @@
 //! One step: plan, forward, sample, commit.
 
-use super::api::TokenScore;
 use super::metrics::{ExpertSeries, Metrics};
-use super::sequence::{Job, Sequence};
+use super::sequence::{Job, Sequence, Wanted};
 use crate::model::{CausalLm, Loaded, StepInput};
 use crate::moe::cost::{CostModel, ExpertReads};
 use crate::moe::router::StepTokens;
 use crate::moe::{Policy, RouteCtx, StepTrace};
+use crate::ops::profile::{Part, Profiler, timed};
 use crate::ops::{self, KvCache, KvShape, Segment, StepLayout};
 use crate::sched::{Chunk, Plan, SchedConfig, Scheduler};
-use crate::types::{FinishReason, SeqId, TokenId, Work};
+use crate::types::{FinishReason, SeqId, Work};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -33,6 +33,8 @@ pub struct EngineConfig {
     pub request_routers: Option<RequestRouters>,
     /// Whether a context that does not fit the KV cache is cut (else it is an error).
     pub cut_context: bool,
+    /// Whether the parts of every step are timed, for the series `moe_step_part_seconds_total`.
+    pub profile: bool,
 }
 
 /// How large the KV cache is to be.
@@ -62,6 +64,7 @@ impl Default for EngineConfig {
             prefix_cache: true,
             request_routers: None,
             cut_context: true,
+            profile: false,
         }
     }
 }
@@ -103,6 +106,7 @@ pub(super) struct Core {
     cost: CostModel,
     metrics: Metrics,
     expert_series: ExpertSeries,
+    profile: bool,
 }
 
 /// A row of a step whose logits are wanted.
@@ -110,8 +114,8 @@ struct LogitRow {
     seq: SeqId,
     /// Row of the step.
     row: u32,
-    /// The prompt token that it scores, and how many alternatives are wanted.
-    score: Option<(TokenId, usize)>,
+    /// What it is to tell of the prompt.
+    score: Option<Wanted>,
     /// Whether the next token is drawn from it.
     samples: bool,
 }
@@ -194,6 +198,7 @@ impl Core {
             seqs: BTreeMap::new(),
             next_id: 0,
             metrics,
+            profile: config.profile,
         })
     }
 
@@ -225,7 +230,12 @@ impl Core {
             }
         }
         if !plan.chunks.is_empty() {
-            match self.compute(&plan) {
+            let profiler = self.profile.then(|| Profiler::start(Some(self.model.backend().device())));
+            let computed = self.compute(&plan);
+            if let Some(profiler) = profiler {
+                self.metrics.profiled(&profiler.finish());
+            }
+            match computed {
                 Ok(()) => self.metrics.step(started.elapsed()),
                 Err(error) => {
                     tracing::error!(%error, "a step failed; its requests end with an error");
@@ -338,20 +348,23 @@ impl Core {
         let rows_max = (LOGITS_BYTES_MAX / (vocab * size_of::<f32>())).max(1);
         for (part, rows) in done.rows.chunks(rows_max).enumerate() {
             let Some(hidden) = &done.hidden else { break };
-            let mut logits = ops::to_host(&self.model.logits(hidden, part * rows_max, rows.len())?)?;
-            self.score(rows, &logits);
-            for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab)).filter(|(row, _)| row.samples) {
-                let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
-                for mut sibling in seq.prompt_done() {
-                    if let Some(token) = sibling.advance(&mut logits.to_vec(), &self.metrics) {
-                        forks.push((row.seq, sibling, token));
+            let logits = self.model.logits(hidden, part * rows_max, rows.len())?;
+            let mut logits = timed(Part::LmHead, 0, || ops::to_host(&logits))?;
+            timed(Part::Sampling, 0, || self.score(rows, &logits));
+            timed(Part::Sampling, 0, || {
+                for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab)).filter(|(row, _)| row.samples) {
+                    let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
+                    for mut sibling in seq.prompt_done() {
+                        if let Some(token) = sibling.advance(&mut logits.to_vec(), &self.metrics) {
+                            forks.push((row.seq, sibling, token));
+                        }
+                    }
+                    match seq.advance(logits, &self.metrics) {
+                        Some(token) => sampled.push((row.seq, token)),
+                        None => over.push(row.seq),
                     }
                 }
-                match seq.advance(logits, &self.metrics) {
-                    Some(token) => sampled.push((row.seq, token)),
-                    None => over.push(row.seq),
-                }
-            }
+            });
         }
         // Prompts that nothing is to follow end here.
         for chunk in plan.chunks.iter().filter(|c| c.samples) {
@@ -374,14 +387,11 @@ impl Core {
 
     fn score(&mut self, rows: &[LogitRow], logits: &[f32]) {
         let vocab = self.model.shape().vocab;
-        let score = |(row, logits): (&LogitRow, &[f32])| {
-            let (id, top) = row.score?;
-            Some((row.seq, TokenScore::of(logits, id, top)))
-        };
-        let scores: Vec<_> = rows.par_iter().zip(logits.par_chunks_exact(vocab)).filter_map(score).collect();
-        for (id, score) in scores {
+        let score = |(row, logits): (&LogitRow, &[f32])| Some((row.seq, row.score?.of(logits)));
+        let told: Vec<_> = rows.par_iter().zip(logits.par_chunks_exact(vocab)).filter_map(score).collect();
+        for (id, told) in told {
             if let Some(seq) = self.seqs.get_mut(&id) {
-                seq.scored(score);
+                seq.scored(told);
             }
         }
     }

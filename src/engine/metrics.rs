@@ -4,6 +4,7 @@
 
 use crate::moe::StepTrace;
 use crate::moe::cost::ExpertReads;
+use crate::ops::profile::Profile;
 use crate::types::{FinishReason, ModelShape, Usage, Work};
 use prometheus::core::{Atomic, GenericCounterVec, GenericGaugeVec};
 use prometheus::{
@@ -41,6 +42,7 @@ pub struct Metrics {
     requests: [IntCounterVec; 2],
     rejected: IntCounterVec,
     step_seconds: Histogram,
+    step_parts: CounterVec,
     step_tokens: Histogram,
 }
 
@@ -164,6 +166,11 @@ impl Metrics {
                 &["reason"],
             ),
             step_seconds: m.histogram("moe_step_seconds", "Seconds of one engine step", LATENCY_BUCKETS),
+            step_parts: m.counters(
+                "moe_step_part_seconds_total",
+                "Seconds of the parts of steps, where these are profiled",
+                &["part", "layer"],
+            ),
             step_tokens: m.histogram(
                 "moe_step_tokens",
                 "Tokens computed in one engine step",
@@ -201,6 +208,13 @@ impl Metrics {
 
     pub(super) fn step(&self, took: Duration) {
         self.step_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts where the time of a step went.
+    pub fn profiled(&self, profile: &Profile) {
+        for ((part, layer), time) in &profile.parts {
+            self.step_parts.with_label_values(&[part.name(), &layer.to_string()]).inc_by(time.as_secs_f64());
+        }
     }
 
     pub(super) fn load(&self, waiting: usize, running: usize, (used, blocks): (usize, usize)) {

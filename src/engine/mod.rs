@@ -5,6 +5,7 @@
 pub mod api;
 mod core;
 mod grammar;
+mod launch;
 mod metrics;
 mod sampler;
 mod schema;
@@ -15,6 +16,7 @@ mod vocab;
 mod worker;
 
 pub use core::{EngineConfig, KvSize, RequestRouters, StartError};
+pub use launch::{Found, LaunchError, Launched};
 pub use text::{Text, TextError};
 pub use worker::Engine;
 

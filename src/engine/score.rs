@@ -10,14 +10,25 @@ impl TokenScore {
     /// Scores `id` by `logits` as the model gave them (before penalties, biases and temperature), with the `top`
     /// likeliest tokens beside it.
     pub(super) fn of(logits: &[f32], id: TokenId, top: usize) -> Self {
-        let max = logits.iter().copied().filter(|z| z.is_finite()).fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().filter(|z| z.is_finite()).map(|z| f64::from(z - max).exp()).sum();
-        let logprob = |z: f32| ((f64::from(z - max) - sum.ln()) as f32).max(LOGPROB_MIN);
+        let logprob = log_softmax(logits);
         let own = logits[id as usize];
         let rank = 1 + logits.iter().filter(|z| **z > own).count() as u32;
         let top = likeliest(logits, top).into_iter().map(|(id, z)| (id, logprob(z))).collect();
         Self { logprob: logprob(own), rank, top }
     }
+}
+
+/// The log-probability of a logit among `logits`.
+fn log_softmax(logits: &[f32]) -> impl Fn(f32) -> f32 {
+    let max = logits.iter().copied().filter(|z| z.is_finite()).fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().filter(|z| z.is_finite()).map(|z| f64::from(z - max).exp()).sum();
+    move |z| ((f64::from(z - max) - sum.ln()) as f32).max(LOGPROB_MIN)
+}
+
+/// The log-probabilities of the whole vocabulary.
+pub(super) fn distribution(logits: &[f32]) -> Vec<f32> {
+    let logprob = log_softmax(logits);
+    logits.iter().map(|z| logprob(*z)).collect()
 }
 
 /// The `count` largest logits, largest first, the lower id among equals.

@@ -4,6 +4,7 @@ use super::api::{Event, PromptReport, TokenReport, TokenScore};
 use super::grammar::Grammar;
 use super::metrics::Metrics;
 use super::sampler::Sampler;
+use super::score::distribution;
 use super::text::{Text, TextStream};
 use crate::moe::Policy;
 use crate::sched::{Admitted, BlockHash, NewSeq};
@@ -86,6 +87,33 @@ pub(super) struct Sequence {
     slot: Option<Slot>,
 }
 
+/// What the logits after a prompt token are to tell.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// The token to score; none after the last one.
+    token: Option<TokenId>,
+    /// Likeliest alternatives to tell.
+    top: usize,
+    /// Whether to tell the whole distribution.
+    whole: bool,
+}
+
+/// What they tell.
+pub(super) struct Told {
+    score: Option<TokenScore>,
+    distribution: Option<Vec<f32>>,
+}
+
+impl Wanted {
+    /// Reads it off the logits.
+    pub(super) fn of(self, logits: &[f32]) -> Told {
+        Told {
+            score: self.token.map(|id| TokenScore::of(logits, id, self.top)),
+            distribution: self.whole.then(|| distribution(logits)),
+        }
+    }
+}
+
 /// What is to be told of a prompt.
 struct PromptTask {
     tokens: Vec<TokenId>,
@@ -102,7 +130,7 @@ impl PromptTask {
         // The first token has nothing before it.
         let unscored = request.scoring.map_or(0, |s| s.from.clamp(1, len));
         let experts = vec![None; if request.trace { len } else { 0 }];
-        let report = PromptReport { scores: vec![None; unscored], experts };
+        let report = PromptReport { scores: vec![None; unscored], experts, distributions: Vec::new() };
         Some(Self { tokens: request.prompt.clone(), scoring: request.scoring, report })
     }
 }
@@ -152,7 +180,8 @@ impl Sequence {
         first.siblings = siblings.into_iter().enumerate().map(|(i, slot)| one(i + 1, Some(slot))).collect();
         first.prompt = PromptTask::new(&job.request);
         // The position before the first scored token must be computed, for its logits.
-        let reuse_max = job.request.scoring.map_or(usize::MAX, |s| s.from.saturating_sub(1));
+        let unscored = job.request.scoring.map_or(usize::MAX, |s| s.from.saturating_sub(1));
+        let reuse_max = job.request.reuse_max.unwrap_or(usize::MAX).min(unscored);
         first.caches = job.root.is_some() && reuse_max > 0;
         Job { first, new: NewSeq { tokens: job.request.prompt, root: job.root, reuse_max } }
     }
@@ -179,20 +208,22 @@ impl Sequence {
         self.max_tokens > 0
     }
 
-    /// The prompt token that the logits of `position` are to score, and how many alternatives are wanted.
-    pub(super) fn scores_next(&self, position: usize) -> Option<(TokenId, usize)> {
+    /// What of the prompt the logits of `position` are to tell.
+    pub(super) fn scores_next(&self, position: usize) -> Option<Wanted> {
         let task = self.prompt.as_ref()?;
-        let top = task.scoring?.top;
+        let PromptScoring { top, whole, .. } = task.scoring?;
         // What was scored before a preemption is not scored again.
         let next = position + 1;
-        let wanted = next >= task.report.scores.len() && next < task.tokens.len();
-        wanted.then(|| (task.tokens[next], top))
+        let fresh = next >= task.report.scores.len();
+        let wanted = Wanted { token: task.tokens.get(next).copied(), top, whole };
+        (fresh && (wanted.token.is_some() || whole)).then_some(wanted)
     }
 
-    /// Takes the score of the next prompt token.
-    pub(super) fn scored(&mut self, score: TokenScore) {
+    /// Takes what the next logits that were wanted tell.
+    pub(super) fn scored(&mut self, told: Told) {
         if let Some(task) = &mut self.prompt {
-            task.report.scores.push(Some(score));
+            task.report.scores.extend(told.score.map(Some));
+            task.report.distributions.extend(told.distribution);
         }
     }
 

@@ -53,6 +53,11 @@ impl Text {
         self.tokenizer.token_to_id(name).filter(|id| self.bytes.is_special(*id))
     }
 
+    /// The bytes that a token stands for, alone; of a special token, its name.
+    pub fn token_bytes(&self, id: TokenId) -> &[u8] {
+        self.bytes.bytes(id)
+    }
+
     /// The bytes of every token.
     pub(super) fn bytes(&self) -> &Arc<TokenBytes> {
         &self.bytes

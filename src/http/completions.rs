@@ -160,7 +160,12 @@ fn base(service: &Service, asked: &CompletionRequest, stream: bool) -> Result<Ge
     let top = asked.prompt_logprobs.max(asked.logprobs.filter(|_| echo));
     // To choose the best, log-probabilities are needed.
     let logprobs = asked.logprobs.or((of > n).then_some(0));
-    Ok(GenerateRequest { n: of, logprobs, scoring: top.map(|top| PromptScoring { top, from: 1 }), ..base })
+    Ok(GenerateRequest {
+        n: of,
+        logprobs,
+        scoring: top.map(|top| PromptScoring { top, from: 1, whole: false }),
+        ..base
+    })
 }
 
 impl Echo {

@@ -1,6 +1,7 @@
 //! The decoder that all families are variants of: attention and feed-forward with residuals around them.
 
 use crate::moe::{MoeLayer, RouteCtx};
+use crate::ops::profile::{Part, timed};
 use crate::ops::{self, Backend, Embedding, KvCache, Linear, RmsNorm, Rotary, StepLayout, Swiglu};
 use crate::types::{ModelShape, TokenId};
 use candle_core::{Result, Tensor};
@@ -73,11 +74,13 @@ impl CausalLm {
     pub fn forward(&self, step: &StepInput<'_>, kv: &mut KvCache, routes: &mut RouteCtx<'_>) -> Result<Option<Tensor>> {
         let mut x = self.embedding.forward(step.tokens)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            let attended = self.attend(i, &layer.attention, &layer.attention_norm.forward(&x)?, step.layout, kv)?;
-            x = (x + attended)?;
+            x = timed(Part::Attention, i, || {
+                let normed = layer.attention_norm.forward(&x)?;
+                &x + self.attend(i, &layer.attention, &normed, step.layout, kv)?
+            })?;
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
-                Ffn::Dense(net) => net.forward(&normed)?,
+                Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
                 Ffn::Moe(moe) => moe.forward(&normed, routes)?,
             };
             x = (x + out)?;
@@ -95,7 +98,7 @@ impl CausalLm {
     /// # Errors
     /// A failure of the device.
     pub fn logits(&self, hidden: &Tensor, start: usize, len: usize) -> Result<Tensor> {
-        self.lm_head.forward(&hidden.narrow(0, start, len)?)
+        timed(Part::LmHead, 0, || self.lm_head.forward(&hidden.narrow(0, start, len)?))
     }
 
     fn attend(&self, layer: usize, a: &Attention, x: &Tensor, layout: &StepLayout, kv: &mut KvCache) -> Result<Tensor> {

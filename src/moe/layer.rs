@@ -1,6 +1,7 @@
 //! One mixture layer: gate, routing, grouped experts, shared expert.
 
 use super::RouteCtx;
+use crate::ops::profile::{Part, timed};
 use crate::ops::{self, Experts, Linear, Swiglu};
 use candle_core::{Result, Tensor};
 
@@ -26,13 +27,14 @@ pub struct SharedExpert {
 impl MoeLayer {
     /// `x [T, D] → [T, D]`, routed by `routes`.
     pub fn forward(&self, x: &Tensor, routes: &mut RouteCtx<'_>) -> Result<Tensor> {
-        let logits_te = ops::to_host(&self.gate.forward(x)?)?;
-        let routing = routes.route(self.index, &logits_te).map_err(candle_core::Error::wrap)?;
-        let y = self.experts.forward(x, &routing)?;
-        match &self.shared {
-            None => Ok(y),
-            Some(shared) => y + ops::sigmoid_gated(&shared.net.forward(x)?, &shared.gate.forward(x)?)?,
-        }
+        let routing = timed(Part::Routing, self.index, || {
+            let logits_te = ops::to_host(&self.gate.forward(x)?)?;
+            routes.route(self.index, &logits_te).map_err(candle_core::Error::wrap)
+        })?;
+        let y = timed(Part::Experts, self.index, || self.experts.forward(x, &routing))?;
+        let Some(shared) = &self.shared else { return Ok(y) };
+        let gated = || ops::sigmoid_gated(&shared.net.forward(x)?, &shared.gate.forward(x)?);
+        y + timed(Part::Dense, self.index, gated)?
     }
 
     /// Bytes of the weights.

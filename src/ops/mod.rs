@@ -16,6 +16,7 @@ mod host;
 mod kv;
 mod linear;
 mod norm;
+pub mod profile;
 pub mod reference;
 mod rotary;
 #[cfg(test)]

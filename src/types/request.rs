@@ -63,6 +63,8 @@ pub struct PromptScoring {
     /// Index of the first token scored; what stands before it can come from the prefix cache. The first token of a
     /// prompt has nothing before it and no score.
     pub from: usize,
+    /// Whether to tell the log-probabilities of the whole vocabulary at every scored token, and after the last one.
+    pub whole: bool,
 }
 
 /// One prompt to continue.
@@ -88,6 +90,8 @@ pub struct GenerateRequest {
     pub scoring: Option<PromptScoring>,
     /// Whether to tell the experts used per token and MoE layer.
     pub trace: bool,
+    /// Prompt tokens from this one on are computed even where the prefix cache has them, so that a trace has them all.
+    pub reuse_max: Option<usize>,
     /// What the text must be.
     pub grammar: Option<GrammarSpec>,
     /// Requests share cached prefixes only with those of the same salt.
@@ -153,6 +157,7 @@ impl GenerateRequest {
             logprobs: None,
             scoring: None,
             trace: false,
+            reuse_max: None,
             grammar: None,
             cache_salt: String::new(),
             router: None,
@@ -300,7 +305,7 @@ mod tests {
     use super::*;
 
     fn scored(request: &GenerateRequest, top: usize) -> GenerateRequest {
-        GenerateRequest { scoring: Some(PromptScoring { top, from: 1 }), ..request.clone() }
+        GenerateRequest { scoring: Some(PromptScoring { top, from: 1, whole: false }), ..request.clone() }
     }
 
     #[test]

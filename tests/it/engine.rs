@@ -1,9 +1,9 @@
 //! The engine in process: batching changes nothing, blocks come back, the books are right.
 
 use crate::support::{engine, repo};
-use moe_serve::engine::api::{Event, Events, Generate, SubmitError};
+use moe_serve::engine::api::{Event, Events, Generate, PromptReport, SubmitError};
 use moe_serve::engine::{Engine, EngineConfig, KvSize, RequestRouters};
-use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, SamplingParams, Usage};
+use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, PromptScoring, SamplingParams, Usage};
 use std::time::{Duration, Instant};
 
 fn bundled(router: &str, config: EngineConfig) -> Engine {
@@ -203,4 +203,83 @@ fn events_are_texts_and_then_one_end() {
     let texts: Vec<&str> =
         texts.iter().map(|e| if let Event::Text { text, .. } = e { text.as_str() } else { panic!("{e:?}") }).collect();
     assert_eq!(texts.concat(), whole);
+}
+
+/// What was told of a prompt, and what it used.
+fn prompt_report(engine: &Engine, request: GenerateRequest) -> (PromptReport, Usage) {
+    let mut events = engine.submit(request).unwrap();
+    let mut report = PromptReport::default();
+    loop {
+        match events.blocking_next() {
+            Some(Event::Prompt(told)) => report = told,
+            Some(Event::Done { usage, .. }) => return (report, usage),
+            other => drop(other.expect("a prompt ends with its usage")),
+        }
+    }
+}
+
+#[test]
+fn whole_distributions_agree_with_the_scores_and_with_the_next_token() {
+    let engine = bundled("native", EngineConfig { max_batched_tokens: 16, ..Default::default() });
+    let prompt = engine.encode("Once upon a time there was a king who had three sons and a garden", true).unwrap();
+    for from in [1, 5, prompt.len()] {
+        let scoring = Some(PromptScoring { top: 1, from, whole: true });
+        let request = GenerateRequest { scoring, ..GenerateRequest::greedy(prompt.clone(), 0) };
+        let (report, _) = prompt_report(&engine, request);
+        assert_eq!((report.scores.len(), report.distributions.len()), (prompt.len(), prompt.len() - from + 1));
+        for (i, distribution) in report.distributions.iter().enumerate() {
+            let sum: f64 = distribution.iter().map(|p| f64::from(*p).exp()).sum();
+            assert!((sum - 1.0).abs() < 1e-5, "position {i}: probabilities sum to {sum}");
+            let score = report.scores.get(from + i).map(|score| score.as_ref().unwrap().logprob);
+            assert!(score.is_none_or(|score| score == distribution[prompt[from + i] as usize]));
+        }
+        let last = report.distributions.last().unwrap();
+        let next = last.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+        let greedy = GenerateRequest { logprobs: Some(0), ..GenerateRequest::greedy(prompt.clone(), 1) };
+        let Some(Event::Text { tokens, .. }) = engine.submit(greedy).unwrap().blocking_next() else {
+            panic!("a token")
+        };
+        assert_eq!(tokens[0].id as usize, next);
+        assert!((tokens[0].score.as_ref().unwrap().logprob - last[next]).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn what_reuse_max_names_is_computed_and_traced_although_the_cache_has_it() {
+    let engine = bundled("dynk:0.8", EngineConfig::default());
+    let prompt = engine.encode(&"there was a king who had three sons. ".repeat(8), true).unwrap();
+    assert!(prompt.len() > 48);
+    let request = |reuse_max| GenerateRequest { trace: true, reuse_max, ..GenerateRequest::greedy(prompt.clone(), 0) };
+    let (first, usage) = prompt_report(&engine, request(None));
+    assert_eq!(usage.cached_tokens, 0);
+    for (reuse_max, cached) in [(None, (prompt.len() - 1) / 16 * 16), (Some(35), 32), (Some(0), 0)] {
+        let (report, usage) = prompt_report(&engine, request(reuse_max));
+        assert_eq!(usage.cached_tokens, cached);
+        assert!(report.experts[..cached].iter().all(Option::is_none));
+        assert_eq!(report.experts[cached..], first.experts[cached..]);
+    }
+}
+
+#[test]
+fn a_profiled_engine_tells_where_its_steps_spend_their_time() {
+    let engine = bundled("native", EngineConfig { profile: true, ..Default::default() });
+    run_together(&engine, &requests(&engine, 4));
+    let text = engine.metrics();
+    let seconds = |part: &str| -> f64 {
+        let series = format!("moe_step_part_seconds_total{{layer=\"0\",part=\"{part}\"}} ");
+        text.lines().find_map(|l| l.strip_prefix(&series)).map_or(0.0, |v| v.parse().unwrap())
+    };
+    for part in ["attention", "routing", "experts", "lm_head", "sampling"] {
+        assert!(seconds(part) > 0.0, "{part}");
+    }
+    assert_eq!(seconds("dense"), 0.0, "the model has no dense part");
+    let all: f64 = text
+        .lines()
+        .filter(|l| l.starts_with("moe_step_part_seconds_total"))
+        .map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap())
+        .sum();
+    assert!(all <= metric(&engine, "moe_step_seconds_sum"), "parts lie within steps");
+    let plain = bundled("native", EngineConfig::default());
+    run_together(&plain, &requests(&plain, 4));
+    assert!(!plain.metrics().contains("moe_step_part_seconds_total{"));
 }

@@ -15,6 +15,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
               (mass=native, never costs more than native) or all experts' (mass=full, the literal rule, can cost more)",
     formula: "k = min{k : p(1)+…+p(k) ≥ τ·m}, m = p(1)+…+p(k0) for mass=native, 1 for mass=full",
     example: "dynk:0.8",
+    dynamic: true,
+    list: false,
     parse: |args, shape| {
         let tau = args.share("τ", args.one_arg("τ")?)?;
         let masses = [("native", Mass::Native), ("full", Mass::Full)];

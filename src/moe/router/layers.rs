@@ -10,6 +10,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "static per layer: K_l experts in MoE layer l",
     formula: "k = K_l",
     example: "layers:1",
+    dynamic: false,
+    list: true,
     parse: |args, shape| {
         let texts = args.args();
         if texts.len() != 1 && texts.len() != shape.layers {

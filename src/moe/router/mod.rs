@@ -53,6 +53,10 @@ pub struct RouterEntry {
     pub formula: &'static str,
     /// An example that every model accepts.
     pub example: &'static str,
+    /// Whether the number of experts depends on the token.
+    pub dynamic: bool,
+    /// Whether several arguments are one list; else a specification with several is a sweep.
+    pub list: bool,
     parse: Parse,
 }
 
@@ -72,6 +76,18 @@ pub fn find(spec: &RouterSpec) -> Result<&'static RouterEntry, SpecError> {
         let names: Vec<&str> = ROUTERS.iter().map(|entry| entry.name).collect();
         spec.error(format!("there is no such router; there are {}", names.join(", ")))
     })
+}
+
+/// The specifications that `spec` stands for: one per argument, where a router takes one and several are given
+/// (`dynk:0.5,0.8`), each with all options.
+///
+/// # Errors
+/// A name that no router has.
+pub fn sweep(spec: &RouterSpec) -> Result<Vec<RouterSpec>, SpecError> {
+    if find(spec)?.list || spec.args.len() < 2 {
+        return Ok(vec![spec.clone()]);
+    }
+    Ok(spec.args.iter().map(|arg| RouterSpec { args: vec![arg.clone()], ..spec.clone() }).collect())
 }
 
 /// What a chosen expert's output is multiplied by.

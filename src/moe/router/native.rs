@@ -9,6 +9,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "the checkpoint's own top-k0 (default)",
     formula: "k = k0",
     example: "native",
+    dynamic: false,
+    list: false,
     parse: |args, shape| {
         args.no_args()?;
         Ok(Box::new(TopK { k: shape.top_k }))

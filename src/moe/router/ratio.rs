@@ -12,6 +12,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "dynamic: experts of at least t times the best one's probability",
     formula: "k = #{e : p_e ≥ t·p(1)}, clamped to min..max",
     example: "ratio:0.5",
+    dynamic: true,
+    list: false,
     parse: |args, shape| {
         let t = args.share("t", args.one_arg("t")?)?;
         let k = args.bounds(shape.top_k, shape.experts)?;

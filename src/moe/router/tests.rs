@@ -58,6 +58,28 @@ fn the_table_has_unique_names_full_docs_and_examples_that_build() {
 }
 
 #[test]
+fn routers_labelled_dynamic_take_more_experts_where_the_gate_is_flat_and_no_others_do() {
+    let shape = shape(8, 4, true);
+    let peaked = [9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+    let logits = [&peaked[..], &[0.0; 8]].concat();
+    for entry in ROUTERS {
+        let routing = route_all(entry.example, &shape, &logits);
+        let differs = routing.token_rows(0).len() != routing.token_rows(1).len();
+        assert_eq!(differs, entry.dynamic, "{}", entry.name);
+    }
+}
+
+#[test]
+fn several_arguments_are_a_sweep_but_for_lists() {
+    let swept =
+        |spec: &str| sweep(&spec.parse().unwrap()).unwrap().iter().map(RouterSpec::to_string).collect::<Vec<_>>();
+    assert_eq!(swept("dynk:0.5,0.8,mass=full"), ["dynk:0.5,mass=full", "dynk:0.8,mass=full"]);
+    assert_eq!(swept("layers:2,1,2"), ["layers:2,1,2"]);
+    assert_eq!(swept("native"), ["native"]);
+    assert!(sweep(&"nothing:1,2".parse().unwrap()).is_err());
+}
+
+#[test]
 fn values_out_of_range_are_refused_with_the_range_and_an_example() {
     let shape = shape(8, 2, true);
     for (spec, want) in [

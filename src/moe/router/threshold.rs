@@ -11,6 +11,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "dynamic: experts of at least probability θ, and always the best one",
     formula: "k = #{e : p_e ≥ θ}, clamped to min..max",
     example: "threshold:0.2",
+    dynamic: true,
+    list: false,
     parse: |args, shape| {
         let theta = args.share("θ", args.one_arg("θ")?)?;
         let k = args.bounds(shape.top_k, shape.experts)?;

@@ -10,6 +10,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "static: the K most probable experts",
     formula: "k = K",
     example: "topk:1",
+    dynamic: false,
+    list: false,
     parse: |args, shape| {
         let k = args.count("K", args.one_arg("K")?, 1..=shape.experts)?;
         Ok(Box::new(TopK { k }))

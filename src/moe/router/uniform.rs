@@ -10,6 +10,8 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
     summary: "K experts at random, the same for the same token, position, layer and seed",
     formula: "k = K, e drawn without replacement",
     example: "uniform:1",
+    dynamic: false,
+    list: false,
     parse: |args, shape| {
         let k = args.count("K", args.one_arg("K")?, 1..=shape.experts)?;
         let seed = args.option_number("seed")?.unwrap_or(0);

@@ -1,0 +1,125 @@
+//! From a model's name to a running engine: what every program that runs models does first.
+
+use super::api::Generate;
+use super::core::{EngineConfig, StartError};
+use super::text::{Text, TextError};
+use super::worker::Engine;
+use crate::model::hub::{Files, HubOptions, bar_style, resolve};
+use crate::model::{LoadError, LoadOptions, load};
+use crate::moe::Policy;
+use crate::types::{ModelShape, RouterSpec, SpecError};
+use indicatif::{HumanCount, MultiProgress, ProgressBar};
+use std::path::{Path, PathBuf};
+
+/// A model whose files are there.
+pub struct Found {
+    /// A directory's last part, or the hub id as it is.
+    pub name: String,
+    pub files: Files,
+    bars: MultiProgress,
+}
+
+/// A running engine, and what its model is.
+pub struct Launched {
+    pub engine: Engine,
+    pub files: Files,
+    pub shape: ModelShape,
+    /// `cpu (AVX-512, 2 threads) with bf16 weights`
+    pub runs_on: String,
+    pub weight_bytes: u64,
+}
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error("the bundled checkpoint {BUNDLED} is not here; give --model ID|DIR")]
+    NotBundled,
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Router(#[from] SpecError),
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// The checkpoint that comes with the source.
+const BUNDLED: &str = "models/stories-mixtral";
+
+impl Found {
+    /// Finds `model`, a hub id or directory, downloading what is missing; the bundled checkpoint without one.
+    ///
+    /// # Errors
+    /// A model that is not there, or whose files are not complete.
+    pub fn find(model: Option<&str>, hub: &HubOptions) -> Result<Self, LaunchError> {
+        let model = model.map_or_else(bundled, |model| Ok(model.into()))?;
+        let bars = MultiProgress::new();
+        let files = resolve(&model, hub, &bars)?;
+        Ok(Self { name: default_name(&model), files, bars })
+    }
+
+    /// Loads it and starts an engine, in which requests call it by its name.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded, a router that does not suit it, too little memory.
+    pub fn launch(
+        self,
+        options: &LoadOptions,
+        router: &RouterSpec,
+        config: EngineConfig,
+    ) -> Result<Launched, LaunchError> {
+        let bar = self.bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));
+        let loaded = load(&self.files, options, {
+            let bar = bar.clone();
+            move |read, total| {
+                bar.set_length(total);
+                bar.set_position(read);
+            }
+        })?;
+        bar.finish_and_clear();
+        for field in &loaded.unread_config {
+            tracing::warn!("config.json has a field `{field}` that this program does not know; it was ignored");
+        }
+        let shape = loaded.model.shape().clone();
+        let backend = loaded.model.backend();
+        let dtype = format!("{:?}", backend.dtype()).to_lowercase();
+        let runs_on = format!("{} with {dtype} weights", backend.describe());
+        let weight_bytes = loaded.model.bytes() as u64;
+        let text = Text::read(&self.files.tokenizer, shape.vocab)?;
+        let policy = Policy::build(router, &shape.moe)?;
+        let engine = Engine::start(self.name, loaded, text, policy, config)?;
+        Ok(Launched { engine, files: self.files, shape, runs_on, weight_bytes })
+    }
+}
+
+impl Launched {
+    /// Lines that say what the model is and what it runs on.
+    pub fn describe(&self) -> String {
+        let (name, shape) = (&self.engine.info().name, &self.shape);
+        let shared = if shape.moe.shared_width.is_some() { " and a shared one" } else { "" };
+        format!(
+            "model      {name}: {} parameters, {} layers, {} of them mixtures of {} experts{shared}\nruns on    {}",
+            HumanCount(shape.parameters as u64),
+            shape.layers.len(),
+            shape.moe.layers,
+            shape.moe.experts,
+            self.runs_on,
+        )
+    }
+}
+
+fn bundled() -> Result<String, LaunchError> {
+    let places = [PathBuf::from(BUNDLED), Path::new(env!("CARGO_MANIFEST_DIR")).join(BUNDLED)];
+    let found = places.iter().find(|p| p.is_dir()).ok_or(LaunchError::NotBundled)?;
+    Ok(found.display().to_string())
+}
+
+/// A directory's last part, or the hub id as it is.
+fn default_name(model: &str) -> String {
+    let path = Path::new(model);
+    match path.canonicalize().ok().filter(|p| p.is_dir()) {
+        Some(dir) => dir.file_name().map_or_else(|| model.into(), |n| n.to_string_lossy().into_owned()),
+        None => model.into(),
+    }
+}
