@@ -19,16 +19,19 @@
 //! | which kernel runs? | [`ops`]: the CPU/CUDA seam |
 //! | what happens in a step? | `engine/core.rs` |
 //! | how do messages become a prompt? | [`chat`]: the checkpoint's own template |
+//! | how is a router's quality measured? | [`eval`]: tasks, comparison with static controls, reports |
 //! | what does the API accept? | [`wire`] for the JSON, [`types::GenerateRequest::check`] for the limits |
 //!
 //! # Arrows (→ imports; everyone may import `types`)
 //!
-//! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire, chat, telemetry`. The type `moe::Routing` is
+//! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire, chat, telemetry`;
+//! `eval → engine, model, moe, ops`. The type `moe::Routing` is
 //! what `ops` computes by: the one arrow back. `tests/it/tidy.rs` checks them.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod chat;
 pub mod engine;
+pub mod eval;
 pub mod http;
 pub mod model;
 pub mod moe;

@@ -74,7 +74,7 @@ impl Default for EngineConfig {
 pub enum StartError {
     #[error(
         "the KV cache of {kv_mib} MiB holds {held} tokens, but the context is {wanted}: give --kv-cache-gb at least \
-         {needed_gb:.2}, --num-blocks at least {needed_blocks} or --max-model-len at most {held}"
+         {needed_gb:.2} ({needed_blocks} blocks) or --max-model-len at most {held}"
     )]
     KvTooSmall { kv_mib: u64, held: usize, wanted: usize, needed_gb: f64, needed_blocks: usize },
     #[error(

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 /// A model whose files are there.
 pub struct Found {
-    /// A directory's last part, or the hub id as it is.
+    /// See [`default_name`].
     pub name: String,
     pub files: Files,
     bars: MultiProgress,
@@ -26,6 +26,10 @@ pub struct Launched {
     pub shape: ModelShape,
     /// `cpu (AVX-512, 2 threads) with bf16 weights`
     pub runs_on: String,
+    /// What weights are kept in: `bf16`.
+    pub dtype: String,
+    /// Its tokenizer.
+    pub text: Text,
     pub weight_bytes: u64,
 }
 
@@ -88,8 +92,8 @@ impl Found {
         let weight_bytes = loaded.model.bytes() as u64;
         let text = Text::read(&self.files.tokenizer, shape.vocab)?;
         let policy = Policy::build(router, &shape.moe)?;
-        let engine = Engine::start(self.name, loaded, text, policy, config)?;
-        Ok(Launched { engine, files: self.files, shape, runs_on, weight_bytes })
+        let engine = Engine::start(self.name, loaded, text.clone(), policy, config)?;
+        Ok(Launched { engine, files: self.files, shape, runs_on, dtype, text, weight_bytes })
     }
 }
 
@@ -115,8 +119,8 @@ fn bundled() -> Result<String, LaunchError> {
     Ok(found.display().to_string())
 }
 
-/// A directory's last part, or the hub id as it is.
-fn default_name(model: &str) -> String {
+/// Name of a model that is given none: a directory's last part, or the hub id as it is.
+pub fn default_name(model: &str) -> String {
     let path = Path::new(model);
     match path.canonicalize().ok().filter(|p| p.is_dir()) {
         Some(dir) => dir.file_name().map_or_else(|| model.into(), |n| n.to_string_lossy().into_owned()),

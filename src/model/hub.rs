@@ -1,4 +1,4 @@
-//! Finds a checkpoint's files: in a directory, in the Hugging Face cache, or on the hub.
+//! Finds the files of checkpoints and data sets: in a directory, in the Hugging Face cache, or on the hub.
 //!
 //! Uses hf-hub 0.5 (ureq and rustls: a few small crates) rather than 1.x, whose hf-xet brings a second HTTP stack
 //! and an async runtime for a chunked transfer that needs the hub's own servers. Both share the Python cache.
@@ -79,12 +79,41 @@ const INDEX: &str = "model.safetensors.index.json";
 /// A directory without a needed file, an id that does not exist, is gated, has no safetensors, or is not in the
 /// cache when offline.
 pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Result<Files, LoadError> {
+    gather(model, options, bars, collect)
+}
+
+/// Finds config.json and tokenizer.json of `model`: all that is needed where another program runs it.
+///
+/// # Errors
+/// As for [`resolve`].
+pub fn resolve_tokenizer(
+    model: &str,
+    options: &HubOptions,
+    bars: &MultiProgress,
+) -> Result<(PathBuf, PathBuf), LoadError> {
+    let missing = |name: &str| LoadError::Hub(format!("{model} has no {name}"));
+    gather(model, options, bars, |_, find| {
+        let config = find(CONFIG)?.ok_or_else(|| missing(CONFIG))?;
+        Ok((config, find(TOKENIZER)?.ok_or_else(|| missing(TOKENIZER))?))
+    })
+}
+
+/// Gives the path of a file of a model, or `None` where there is none.
+type Find<'a> = &'a mut dyn FnMut(&str) -> Result<Option<PathBuf>, LoadError>;
+
+/// Lets `collect` gather what it needs from where the model is.
+fn gather<T>(
+    model: &str,
+    options: &HubOptions,
+    bars: &MultiProgress,
+    collect: impl Fn(&str, Find<'_>) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
     let path = Path::new(model);
     if path.is_dir() {
         if options.revision.is_some() {
             return Err(LoadError::Hub(format!("--revision is for hub ids, but {model} is a directory")));
         }
-        return collect(model, |name| Ok(Some(path.join(name)).filter(|p| p.is_file())));
+        return collect(model, &mut |name| Ok(Some(path.join(name)).filter(|p| p.is_file())));
     }
     if path.is_file() {
         return Err(LoadError::Hub(format!("--model {model} is a file; give the directory it is in")));
@@ -94,10 +123,11 @@ pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Resul
             "--model {model}: there is no such directory, and it is no hub id of the form organisation/name"
         )));
     }
-    let cache = options.cache.clone().map_or_else(Cache::from_env, Cache::new);
-    let revision = options.revision.clone().unwrap_or_else(|| "main".into());
-    let repo = Repo::with_revision(model.into(), RepoType::Model, revision.clone());
-    let cached = collect(model, |name| Ok(find_cached(&cache, &repo, name)));
+    let cache = cache_of(options);
+    let revision = options.revision.clone().unwrap_or_else(|| MAIN.into());
+    let wanted = Wanted { id: model, kind: RepoType::Model, revision: &revision };
+    let repo = wanted.repo();
+    let cached = collect(model, &mut |name| Ok(find_cached(&cache, &repo, name)));
     match (cached, options.offline) {
         (Ok(files), _) => Ok(files),
         (Err(missing), true) => Err(LoadError::Hub(format!(
@@ -105,8 +135,51 @@ pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Resul
              downloading it: {missing}",
             cache.path().display()
         ))),
-        (Err(_), false) => download(model, repo, cache, options, bars),
+        (Err(_), false) => download(&wanted, cache, options, bars, |find| collect(model, find)),
     }
+}
+
+/// Finds one file of the data set `id`, on its branch `main` whatever revision `options` ask of models.
+///
+/// # Errors
+/// An id or file that does not exist, is gated, or is not in the cache when offline.
+pub fn dataset_file(id: &str, file: &str, options: &HubOptions, bars: &MultiProgress) -> Result<PathBuf, LoadError> {
+    let cache = cache_of(options);
+    let wanted = Wanted { id, kind: RepoType::Dataset, revision: MAIN };
+    match (find_cached(&cache, &wanted.repo(), file), options.offline) {
+        (Some(path), _) => Ok(path),
+        (None, true) => Err(LoadError::Hub(format!(
+            "{file} of the data set {id} is not in the cache {} and --offline (or HF_HUB_OFFLINE) forbids downloading it",
+            cache.path().display()
+        ))),
+        (None, false) => download(&wanted, cache, options, bars, |find| {
+            find(file)?.ok_or_else(|| LoadError::Hub(format!("the data set {id} has no {file}")))
+        }),
+    }
+}
+
+/// A repository at a revision.
+struct Wanted<'a> {
+    id: &'a str,
+    kind: RepoType,
+    revision: &'a str,
+}
+
+impl Wanted<'_> {
+    fn repo(&self) -> Repo {
+        self.at(self.revision)
+    }
+
+    fn at(&self, revision: &str) -> Repo {
+        Repo::with_revision(self.id.into(), self.kind, revision.into())
+    }
+}
+
+/// The branch that is meant when none is named.
+const MAIN: &str = "main";
+
+fn cache_of(options: &HubOptions) -> Cache {
+    options.cache.clone().map_or_else(Cache::from_env, Cache::new)
 }
 
 fn is_hub_id(model: &str) -> bool {
@@ -126,7 +199,7 @@ fn find_cached(cache: &Cache, repo: &Repo, name: &str) -> Option<PathBuf> {
 }
 
 /// Gathers the files of a checkpoint through `find`, which gives the path of a file or `None` where there is none.
-fn collect(model: &str, mut find: impl FnMut(&str) -> Result<Option<PathBuf>, LoadError>) -> Result<Files, LoadError> {
+fn collect(model: &str, find: Find<'_>) -> Result<Files, LoadError> {
     let missing = |name: &str| LoadError::Hub(format!("{model} has no {name}"));
     let config = find(CONFIG)?.ok_or_else(|| missing(CONFIG))?;
     let tokenizer = find(TOKENIZER)?.ok_or_else(|| {
@@ -181,26 +254,28 @@ fn shard_names(index: &Path) -> Result<BTreeSet<String>, LoadError> {
     Ok(names)
 }
 
-fn download(
-    model: &str,
-    repo: Repo,
+/// Fetches what `collect` asks its argument for: the path of a file, or `None` where the repository has no such file.
+fn download<T>(
+    wanted: &Wanted<'_>,
     cache: Cache,
     options: &HubOptions,
     bars: &MultiProgress,
-) -> Result<Files, LoadError> {
+    collect: impl FnOnce(Find<'_>) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
     let token = options.token.clone().or_else(|| cache.token());
     let endpoint = options.endpoint.as_deref().unwrap_or(HUB);
-    let explain = |error: ApiError| explain(model, &repo, endpoint, token.is_some(), &error);
+    let explain = |error: ApiError| explain(wanted, endpoint, token.is_some(), &error);
+    let repo = wanted.repo();
     // Without retries: hf-hub's own append at the wrong place when the first request of a resumed file fails.
     let builder = ApiBuilder::from_cache(cache.clone()).with_token(token.clone()).with_retries(0);
     let api = builder.with_endpoint(endpoint.into()).build().map_err(explain)?;
     let info = api.repo(repo.clone()).info().map_err(explain)?;
-    tracing::info!(model, commit = info.sha, "downloading into {}", cache.path().display());
+    tracing::info!(repository = wanted.id, commit = info.sha, "downloading into {}", cache.path().display());
     // By commit from here on: a branch that moves, now or between two starts, must not mix two checkpoints.
-    let pinned = Repo::with_revision(model.into(), RepoType::Model, info.sha.clone());
+    let pinned = wanted.at(&info.sha);
     let remote = Remote { repo: api.repo(pinned.clone()), api, cache: cache.repo(pinned.clone()), bars };
-    cache.repo(repo.clone()).create_ref(&info.sha).map_err(LoadError::io(cache.path()))?;
-    collect(model, |name| {
+    cache.repo(repo).create_ref(&info.sha).map_err(LoadError::io(cache.path()))?;
+    collect(&mut |name| {
         if !info.siblings.iter().any(|s| s.rfilename == name) {
             return Ok(None);
         }
@@ -273,26 +348,30 @@ fn is_transient(error: &ApiError) -> bool {
 }
 
 /// Says what to do about a failed request.
-fn explain(model: &str, repo: &Repo, endpoint: &str, has_token: bool, error: &ApiError) -> LoadError {
+fn explain(wanted: &Wanted<'_>, endpoint: &str, has_token: bool, error: &ApiError) -> LoadError {
     let status = status_of(error);
     let access = match has_token {
         true => {
-            "the token given has no access: accept the model's terms on its page and check that the token may read gated repositories"
+            "the token given has no access: accept the terms on its page and check that the token may read gated repositories"
         }
         false => {
-            "no token was given: accept the model's terms on its page, make a token at /settings/tokens of the hub and pass it as HF_TOKEN"
+            "no token was given: accept the terms on its page, make a token at /settings/tokens of the hub and pass it as HF_TOKEN"
         }
     };
-    let revision = repo.revision();
+    let Wanted { id, revision, .. } = wanted;
+    let local = match wanted.kind {
+        RepoType::Model => format!("there is no directory {id} here, and "),
+        _ => String::new(),
+    };
     LoadError::Hub(match status {
-        Some(401 | 403) => format!("{model} does not exist, or is private or gated, and {access}"),
-        Some(404) => format!("{model} has no revision {revision}, or does not exist on the hub"),
-        Some(429) => format!(
-            "the hub refuses more requests for now (429) while fetching {model}; try again later or give HF_TOKEN"
-        ),
+        Some(401 | 403) => format!("{id} does not exist, or is private or gated, and {access}"),
+        Some(404) => format!("{id} has no revision {revision}, or does not exist on the hub"),
+        Some(429) => {
+            format!("the hub refuses more requests for now (429) while fetching {id}; try again later or give HF_TOKEN")
+        }
         _ => format!(
-            "there is no directory {model} here, and fetching it (revision {revision}) from {endpoint} failed: {error}; what \
-             was downloaded is kept, and the next start goes on from there"
+            "{local}fetching {id} (revision {revision}) from {endpoint} failed: {error}; what was \
+             downloaded is kept, and the next start goes on from there"
         ),
     })
 }

@@ -4,6 +4,7 @@
 mod config;
 mod decoder;
 mod error;
+mod hash;
 pub mod hub;
 mod load;
 mod loader;
@@ -16,6 +17,7 @@ mod weights;
 
 pub use decoder::{CausalLm, StepInput};
 pub use error::LoadError;
+pub use hash::hash;
 pub use load::{LoadOptions, Loaded, load};
 pub use weights::Weights;
 

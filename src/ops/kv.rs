@@ -84,7 +84,6 @@ pub struct Segment {
 pub struct StepLayout {
     segments: Vec<Segment>,
     position_t: Vec<u32>,
-    segment_t: Vec<u32>,
     #[cfg(feature = "cuda")]
     pub(super) cuda: Option<super::cuda::StepTables>,
 }
@@ -93,8 +92,7 @@ impl StepLayout {
     /// Lays out `segments`, in order, over the rows of the step.
     pub fn new(segments: Vec<Segment>, kv: &KvCache, backend: &Backend) -> Result<Self> {
         let mut position_t = Vec::new();
-        let mut segment_t = Vec::new();
-        for (i, segment) in segments.iter().enumerate() {
+        for segment in &segments {
             if segment.blocks.len() * kv.shape.block_size < segment.start + segment.len {
                 candle_core::bail!(
                     "a segment of {} positions has {} KV blocks",
@@ -106,19 +104,17 @@ impl StepLayout {
                 candle_core::bail!("KV block {} was given, but there are {}", block.0, kv.shape.blocks);
             }
             position_t.extend((segment.start..segment.start + segment.len).map(|p| p as u32));
-            segment_t.extend(std::iter::repeat_n(i as u32, segment.len));
         }
         debug_assert!(backend.device.is_cpu() || cfg!(feature = "cuda"));
         #[cfg(feature = "cuda")]
         let cuda = backend
             .device
             .is_cuda()
-            .then(|| super::cuda::StepTables::new(&segments, &position_t, &segment_t, kv.shape.block_size, backend))
+            .then(|| super::cuda::StepTables::new(&segments, &position_t, kv.shape.block_size, backend))
             .transpose()?;
         Ok(Self {
             segments,
             position_t,
-            segment_t,
             #[cfg(feature = "cuda")]
             cuda,
         })
@@ -136,11 +132,6 @@ impl StepLayout {
 
     pub fn segments(&self) -> &[Segment] {
         &self.segments
-    }
-
-    /// The segment of every token, `[T]`.
-    pub(super) fn segment_t(&self) -> &[u32] {
-        &self.segment_t
     }
 }
 

@@ -16,6 +16,11 @@ pub use router_spec::{RouterSpec, SpecError};
 pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
 pub use work::{Flops, Work};
 
+/// Bytes as hexadecimal digits: how sums are written.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A token of the checkpoint's vocabulary.
 pub type TokenId = u32;
 

@@ -23,9 +23,14 @@ impl Process {
 
     /// The same with these variables set.
     pub fn start_with(args: &[&str], env: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_moe-serve"));
+        Self::start_binary(env!("CARGO_BIN_EXE_moe-serve"), args, env)
+    }
+
+    /// Another binary, in the repository's root.
+    pub fn start_binary(binary: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(binary);
         for (name, _) in std::env::vars() {
-            if ["MOE_", "RUST_", "HF_", "OTEL_"].iter().any(|p| name.starts_with(p)) {
+            if ["MOE_", "RUST_", "HF_", "OTEL_", "OPENAI_"].iter().any(|p| name.starts_with(p)) {
                 command.env_remove(name);
             }
         }

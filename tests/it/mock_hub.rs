@@ -1,4 +1,4 @@
-//! A Hugging Face hub of one repository on 127.0.0.1, as much of it as a client sees.
+//! A Hugging Face hub of one repository, a model's or a data set's, on 127.0.0.1: as much of it as a client sees.
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -141,7 +141,8 @@ async fn answer(
     {
         return status_page(*status);
     }
-    if let Some(revision) = path.strip_prefix(&format!("/api/models/{ID}/revision/")) {
+    let api = ["models", "datasets"].map(|kind| format!("/api/{kind}/{ID}/revision/"));
+    if let Some(revision) = api.iter().find_map(|api| path.strip_prefix(api)) {
         let commit = world.revisions.get(&revision.replace("%2F", "/")).cloned();
         if let Some(moved) = world.after_listing.take() {
             world.revisions.insert("main".into(), moved);
@@ -155,7 +156,8 @@ async fn answer(
         };
     }
     let elsewhere = path.strip_prefix("/store");
-    let plain = elsewhere.unwrap_or(&path).strip_prefix(&format!("/{ID}/resolve/"));
+    let plain = elsewhere.unwrap_or(&path);
+    let plain = plain.strip_prefix("/datasets").unwrap_or(plain).strip_prefix(&format!("/{ID}/resolve/"));
     let Some((revision, name)) = plain.and_then(|rest| rest.split_once('/')) else { return status_page(404) };
     let Some(commit) = world.revisions.get(&revision.replace("%2F", "/")).cloned() else { return status_page(404) };
     let Some(bytes) = commit.files.get(name) else { return status_page(404) };

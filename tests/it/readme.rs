@@ -1,6 +1,7 @@
 //! The README's commands, tried.
 
 use crate::support::{Server, ServerOptions, repo};
+use moe_serve::moe::router::sweep;
 use moe_serve::types::{DtypeChoice, RouterSpec};
 use std::process::Command;
 
@@ -23,28 +24,66 @@ fn commands() -> Vec<(String, Vec<String>)> {
     commands
 }
 
+/// The arguments of every command of `binary`, as `cargo run` or by its name.
+fn arguments(binary: &str, cargo: &str) -> Vec<Vec<String>> {
+    let prefixes = [format!("{binary} "), format!("{cargo} -- ")];
+    let of = |command: &str| prefixes.iter().find_map(|prefix| Some(command.strip_prefix(prefix)?.to_string()));
+    let commands = commands();
+    let found = commands.iter().filter_map(|(command, _)| of(command));
+    found.map(|args| args.split_whitespace().map(String::from).collect()).collect()
+}
+
+fn help(binary: &str, args: &[&str]) -> String {
+    String::from_utf8(Command::new(binary).args(args).output().unwrap().stdout).unwrap()
+}
+
+/// Checks flags against `help`, and routers against the grammar.
+fn check(words: &[String], help: &str) {
+    for flag in words.iter().filter(|w| w.starts_with("--")) {
+        assert!(help.contains(&format!("{flag} ")) || help.contains(&format!("{flag}\n")), "{words:?}: {flag}");
+    }
+    for at in words.iter().enumerate().filter(|(_, w)| *w == "--router").map(|(at, _)| at) {
+        let spec: RouterSpec = words[at + 1].parse().unwrap();
+        assert!(sweep(&spec).is_ok(), "{spec}");
+    }
+}
+
 #[test]
 fn every_server_command_has_known_flags_and_a_router_that_parses() {
-    let help = Command::new(env!("CARGO_BIN_EXE_moe-serve")).arg("--help").output().unwrap();
-    let help = String::from_utf8(help.stdout).unwrap();
-    let mut seen = 0;
-    for (command, _) in commands() {
-        let args = command.strip_prefix("moe-serve ").or_else(|| command.strip_prefix("cargo run --release -- "));
-        let Some(args) = args else { continue };
-        seen += 1;
-        let words: Vec<&str> = args.split_whitespace().collect();
-        for flag in words.iter().filter(|w| w.starts_with("--")) {
-            assert!(help.contains(&format!("{flag} ")) || help.contains(&format!("{flag}\n")), "{command}: {flag}");
-        }
-        if let Some(at) = words.iter().position(|w| *w == "--router") {
-            words[at + 1].parse::<RouterSpec>().unwrap();
-        }
-    }
-    assert!(seen >= 4);
+    let help = help(env!("CARGO_BIN_EXE_moe-serve"), &["--help"]);
+    let found = arguments("moe-serve", "cargo run --release");
+    found.iter().for_each(|words| check(words, &help));
+    assert!(found.len() >= 4);
     let cargo = std::fs::read_to_string(repo("Cargo.toml")).unwrap();
     assert!(cargo.contains("default-run = \"moe-serve\""), "`cargo run` must run the server");
     let ci = std::fs::read_to_string(repo(".ci/run")).unwrap();
     assert!(ci.contains("cargo test"), "CI must run the README's test command");
+}
+
+#[test]
+fn every_evaluation_command_has_known_flags_and_those_without_downloads_run() {
+    let binary = env!("CARGO_BIN_EXE_moe-eval");
+    let (eval, profile) = (help(binary, &["--help"]), help(binary, &["profile", "--help"]));
+    let found = arguments("moe-eval", "cargo run --release --bin moe-eval");
+    let mut ran = 0;
+    for words in &found {
+        check(words, if words[0] == "profile" { &profile } else { &eval });
+        let own = |pair: &[String]| {
+            ["--data-dir", "--input-file"].contains(&pair[0].as_str()) && pair[1].starts_with("eval/")
+        };
+        if words.windows(2).any(own) {
+            let folder = tempfile::tempdir().unwrap();
+            let mut command = Command::new(binary);
+            command.current_dir(repo("")).args(words);
+            if words[0] != "profile" {
+                command.args(["--output", folder.path().to_str().unwrap()]);
+            }
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+            ran += 1;
+        }
+    }
+    assert!(found.len() >= 5 && ran >= 2, "{found:?}");
 }
 
 #[test]

@@ -16,6 +16,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("engine", &["model", "moe", "ops", "sched"]),
     ("chat", &[]),
     ("telemetry", &[]),
+    ("eval", &["engine", "model", "moe", "ops"]),
     ("http", &["chat", "engine", "telemetry", "wire"]),
 ];
 

@@ -61,7 +61,8 @@ fn the_table_has_unique_names_full_docs_and_examples_that_build() {
 fn routers_labelled_dynamic_take_more_experts_where_the_gate_is_flat_and_no_others_do() {
     let shape = shape(8, 4, true);
     let peaked = [9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
-    let logits = [&peaked[..], &[0.0; 8]].concat();
+    let flat = [3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0];
+    let logits = [peaked, flat].concat();
     for entry in ROUTERS {
         let routing = route_all(entry.example, &shape, &logits);
         let differs = routing.token_rows(0).len() != routing.token_rows(1).len();

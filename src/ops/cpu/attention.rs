@@ -1,13 +1,16 @@
 //! Paged keys and values, and attention over them.
 
-use super::isa::multiversion;
+use super::attention_kernel::{CHUNK, Rows};
+use super::isa::{Isa, multiversion};
 use super::{SharedOut, for_each};
 use crate::ops::kv::{KvShape, Segment, StepLayout};
 use candle_core::DType;
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use std::ops::Range;
 
-/// Keys and values: per layer `[blocks, kv_heads, block_size, hd]`, so that one head's keys in a block are contiguous.
+/// Keys and values: per layer, keys are `[blocks, kv_heads, hd, block_size]`, so that the scores of neighbouring
+/// positions are computed side by side, and values `[blocks, kv_heads, block_size, hd]`.
 #[derive(Debug)]
 pub(crate) struct KvStore {
     block_size: usize,
@@ -45,8 +48,8 @@ impl<E: Copy> Pair<E> {
 trait Element: Copy + Sync + Sized {
     fn narrow(x: f32) -> Self;
     fn widen(self) -> f32;
-    /// [`group_body`] compiled for this processor.
-    fn group(query: &Query<'_>, k: &[Self], v: &[Self], q: &[f32], out: &mut [f32]);
+    /// [`widen_body`] compiled for this processor.
+    fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]);
 }
 
 impl Element for f32 {
@@ -57,8 +60,8 @@ impl Element for f32 {
     fn widen(self) -> f32 {
         self
     }
-    fn group(query: &Query<'_>, k: &[Self], v: &[Self], q: &[f32], out: &mut [f32]) {
-        group_f32(query, k, v, q, out);
+    fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
+        widen_f32(runs, to);
     }
 }
 
@@ -70,8 +73,8 @@ impl Element for bf16 {
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
-    fn group(query: &Query<'_>, k: &[Self], v: &[Self], q: &[f32], out: &mut [f32]) {
-        group_bf16(query, k, v, q, out);
+    fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
+        widen_bf16(runs, to);
     }
 }
 
@@ -79,12 +82,52 @@ impl Element for f16 {
     fn narrow(x: f32) -> Self {
         f16::from_f32(x)
     }
+    /// As [`f16::to_f32`], which asks for the processor at every number and so is not vectorised.
     #[inline(always)]
     fn widen(self) -> f32 {
-        self.to_f32()
+        const SMALLEST: u32 = 113 << 23;
+        let bits = u32::from(self.to_bits());
+        let (sign, magnitude) = ((bits & 0x8000) << 16, (bits & 0x7FFF) << 13);
+        let subnormal = f32::from_bits(magnitude + SMALLEST) - f32::from_bits(SMALLEST);
+        let magnitude = match magnitude >> 23 {
+            0 => subnormal.to_bits(),
+            31 => magnitude + (224 << 23),
+            _ => magnitude + (112 << 23),
+        };
+        f32::from_bits(sign | magnitude)
     }
-    fn group(query: &Query<'_>, k: &[Self], v: &[Self], q: &[f32], out: &mut [f32]) {
-        group_f16(query, k, v, q, out);
+    fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
+        widen_f16(runs, to);
+    }
+}
+
+/// `count` runs of `len` elements, one every `stride`.
+struct Runs<'a, E> {
+    from: &'a [E],
+    stride: usize,
+    to_stride: usize,
+    len: usize,
+    count: usize,
+}
+
+multiversion!(fn widen_f32(runs: &Runs<'_, f32>, to: &mut [f32]) = widen_body);
+multiversion!(fn widen_bf16(runs: &Runs<'_, bf16>, to: &mut [f32]) = widen_body);
+multiversion!(fn widen_f16(runs: &Runs<'_, f16>, to: &mut [f32]) = widen_body);
+
+/// Widens `runs` to runs one every `to_stride`.
+#[inline(always)]
+fn widen_body<E: Element>(runs: &Runs<'_, E>, to: &mut [f32]) {
+    for run in 0..runs.count {
+        let (from, from_rest) = runs.from[run * runs.stride..][..runs.len].as_chunks::<16>();
+        let (to, to_rest) = to[run * runs.to_stride..][..runs.len].as_chunks_mut::<16>();
+        for (to, from) in to.iter_mut().zip(from) {
+            for i in 0..16 {
+                to[i] = from[i].widen();
+            }
+        }
+        for (to, from) in to_rest.iter_mut().zip(from_rest) {
+            *to = from.widen();
+        }
     }
 }
 
@@ -134,13 +177,35 @@ impl KvStore {
 
     /// Attention of `q [T, heads·hd]` over what the tokens see.
     pub(crate) fn attend(&self, layer: usize, q: &[f32], step: &StepLayout, window: Option<usize>) -> Vec<f32> {
+        self.attend_on(Isa::get(), layer, q, step, window)
+    }
+
+    /// [`Self::attend`] with the kernels of `isa`, which this processor must have.
+    pub(super) fn attend_on(
+        &self,
+        isa: Isa,
+        layer: usize,
+        q: &[f32],
+        step: &StepLayout,
+        window: Option<usize>,
+    ) -> Vec<f32> {
         let (start, len) = (layer * self.layer_len, self.layer_len);
         let place = Place { block_size: self.block_size, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let mut out = vec![0.0; q.len()];
+        let call = Call {
+            isa,
+            place,
+            q,
+            step,
+            window,
+            group: q.len() / step.tokens().max(1) / (self.head_dim * self.kv_heads),
+        };
         match &self.data {
-            Data::F32(p) => place.attend(&p.k[start..start + len], &p.v[start..start + len], q, step, window),
-            Data::Bf16(p) => place.attend(&p.k[start..start + len], &p.v[start..start + len], q, step, window),
-            Data::F16(p) => place.attend(&p.k[start..start + len], &p.v[start..start + len], q, step, window),
+            Data::F32(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
+            Data::Bf16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
+            Data::F16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
         }
+        out
     }
 }
 
@@ -153,111 +218,148 @@ struct Place {
 }
 
 impl Place {
-    /// Offset of KV head `head` at `position` of a sequence.
-    #[inline(always)]
-    fn of(&self, segment: &Segment, position: usize, head: usize) -> usize {
+    /// Offset of what KV head `head` has in the block of `position`.
+    fn block(&self, segment: &Segment, position: usize, head: usize) -> usize {
         let block = segment.blocks[position / self.block_size].0 as usize;
-        ((block * self.kv_heads + head) * self.block_size + position % self.block_size) * self.head_dim
+        (block * self.kv_heads + head) * self.block_size * self.head_dim
     }
 
     fn write<E: Element>(&self, k_out: &mut [E], v_out: &mut [E], k: &[f32], v: &[f32], step: &StepLayout) {
-        let hd = self.head_dim;
-        for (t, (&position, &segment)) in step.positions().iter().zip(step.segment_t()).enumerate() {
-            let segment = &step.segments()[segment as usize];
-            for head in 0..self.kv_heads {
-                let (from, to) = ((t * self.kv_heads + head) * hd, self.of(segment, position as usize, head));
-                for i in 0..hd {
-                    k_out[to + i] = E::narrow(k[from + i]);
-                    v_out[to + i] = E::narrow(v[from + i]);
+        let (hd, row) = (self.head_dim, self.kv_heads * self.head_dim);
+        let mut t = 0;
+        for segment in step.segments() {
+            for part in self.by_block(segment.start..segment.start + segment.len) {
+                for head in 0..self.kv_heads {
+                    let (block, slot) = (self.block(segment, part.start, head), part.start % self.block_size);
+                    for (i, slot) in (slot..slot + part.len()).enumerate() {
+                        let at = (t + i) * row + head * hd;
+                        let to = k_out[block + slot..].iter_mut().step_by(self.block_size);
+                        to.zip(&k[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
+                        let to = &mut v_out[block + slot * hd..];
+                        to.iter_mut().zip(&v[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
+                    }
                 }
+                t += part.len();
             }
         }
     }
 
-    fn attend<E: Element>(&self, k: &[E], v: &[E], q: &[f32], step: &StepLayout, window: Option<usize>) -> Vec<f32> {
-        let tokens = step.tokens();
-        let row = q.len() / tokens.max(1);
-        let group = row / self.head_dim / self.kv_heads;
-        let mut out = vec![0.0; q.len()];
-        let shared = SharedOut::new(&mut out);
-        let seen: usize = step.positions().iter().map(|&p| window.unwrap_or(usize::MAX).min(p as usize + 1)).sum();
-        for_each(tokens * self.kv_heads, 4 * seen * row, |item| {
-            let (t, head) = (item / self.kv_heads, item % self.kv_heads);
-            let span = group * self.head_dim;
-            let at = t * row + head * span;
-            // SAFETY: items write the disjoint outputs of their token's query group.
-            let out = unsafe { std::slice::from_raw_parts_mut(shared.from(at), span) };
-            let position = step.positions()[t] as usize;
-            let query = Query {
-                place: self,
-                segment: &step.segments()[step.segment_t()[t] as usize],
-                first: window.map_or(0, |w| (position + 1).saturating_sub(w)),
-                position,
-                head,
-            };
-            E::group(&query, k, v, &q[at..at + span], out);
-        });
-        out
+    /// Cuts `positions` at the edges of blocks.
+    fn by_block(&self, positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let size = self.block_size;
+        (positions.start / size..positions.end.div_ceil(size))
+            .map(move |block| positions.start.max(block * size)..positions.end.min((block + 1) * size))
+    }
+
+    /// Widens the keys at `positions`, all in one chunk, to `[hd, CHUNK]`, and with them what else their blocks hold of
+    /// the chunk: whole runs are quicker.
+    fn keys<E: Element>(&self, k: &[E], segment: &Segment, head: usize, positions: Range<usize>, to: &mut [f32]) {
+        let start = positions.start / CHUNK * CHUNK;
+        let blocks =
+            positions.start / self.block_size * self.block_size..positions.end.next_multiple_of(self.block_size);
+        for part in self.by_block(blocks.start.max(start)..blocks.end.min(start + CHUNK)) {
+            let from = &k[self.block(segment, part.start, head) + part.start % self.block_size..];
+            let runs = Runs { from, stride: self.block_size, to_stride: CHUNK, len: part.len(), count: self.head_dim };
+            E::widen_runs(&runs, &mut to[part.start - start..]);
+        }
+    }
+
+    /// Widens the values at `positions`, all in one chunk, to `[CHUNK, width]`.
+    fn values<E: Element>(
+        &self,
+        v: &[E],
+        segment: &Segment,
+        head: usize,
+        positions: Range<usize>,
+        width: usize,
+        to: &mut [f32],
+    ) {
+        let hd = self.head_dim;
+        let start = positions.start / CHUNK * CHUNK;
+        for part in self.by_block(positions) {
+            let from = &v[self.block(segment, part.start, head) + part.start % self.block_size * hd..];
+            let runs = Runs { from, stride: hd, to_stride: width, len: hd, count: part.len() };
+            E::widen_runs(&runs, &mut to[(part.start - start) * width..]);
+        }
     }
 }
 
-/// One token's query heads that share a KV head.
-struct Query<'a> {
-    place: &'a Place,
+/// Query rows of a tile: enough to share the widening of keys and values, few enough to stay in cache.
+const TILE_ROWS: usize = 96;
+
+/// Consecutive tokens of a segment, whose queries are worked on together.
+struct Tile<'a> {
     segment: &'a Segment,
-    /// First position seen.
-    first: usize,
+    /// Row of the first token in the step.
+    t: usize,
+    /// Its position.
     position: usize,
-    head: usize,
+    len: usize,
 }
 
-multiversion!(fn group_f32(query: &Query<'_>, k: &[f32], v: &[f32], q: &[f32], out: &mut [f32]) = group_body);
-multiversion!(fn group_bf16(query: &Query<'_>, k: &[bf16], v: &[bf16], q: &[f32], out: &mut [f32]) = group_body);
-multiversion!(fn group_f16(query: &Query<'_>, k: &[f16], v: &[f16], q: &[f32], out: &mut [f32]) = group_body);
-
-/// Scores, softmax and weighted sum for each query head of the group, `q` and `out` `[group, hd]`, in f32.
-#[inline(always)]
-fn group_body<E: Element>(query: &Query<'_>, k: &[E], v: &[E], q: &[f32], out: &mut [f32]) {
-    let hd = query.place.head_dim;
-    let (heads, seen) = (q.len() / hd, query.position + 1 - query.first);
-    let scale = 1.0 / (hd as f32).sqrt();
-    let mut scores = vec![0.0f32; heads * seen];
-    let mut wide = vec![0.0f32; hd];
-    for (i, position) in (query.first..=query.position).enumerate() {
-        let at = query.place.of(query.segment, position, query.head);
-        wide.iter_mut().zip(&k[at..at + hd]).for_each(|(w, k)| *w = k.widen());
-        for h in 0..heads {
-            scores[h * seen + i] = dot(&q[h * hd..(h + 1) * hd], &wide) * scale;
-        }
-    }
-    for scores in scores.chunks_exact_mut(seen) {
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for score in scores.iter_mut() {
-            *score = (*score - max).exp();
-            sum += *score;
-        }
-        scores.iter_mut().for_each(|s| *s /= sum);
-    }
-    for (i, position) in (query.first..=query.position).enumerate() {
-        let at = query.place.of(query.segment, position, query.head);
-        wide.iter_mut().zip(&v[at..at + hd]).for_each(|(w, v)| *w = v.widen());
-        for h in 0..heads {
-            let p = scores[h * seen + i];
-            out[h * hd..(h + 1) * hd].iter_mut().zip(&wide).for_each(|(o, v)| *o += p * v);
-        }
-    }
+/// One call of [`KvStore::attend`].
+struct Call<'a> {
+    isa: Isa,
+    place: Place,
+    q: &'a [f32],
+    step: &'a StepLayout,
+    window: Option<usize>,
+    /// Query heads per KV head.
+    group: usize,
 }
 
-#[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (a, b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a.zip(b) {
-        for i in 0..16 {
-            lanes[i] += x[i] * y[i];
+impl Call<'_> {
+    fn attend<E: Element>(&self, k: &[E], v: &[E], out: &mut [f32]) {
+        let (tiles, kv_heads) = (self.tiles(), self.place.kv_heads);
+        let row = self.group * kv_heads * self.place.head_dim;
+        let seen: usize = self.step.positions().iter().map(|&p| self.seen(p as usize).len()).sum();
+        let out = SharedOut::new(out);
+        for_each(tiles.len() * kv_heads, 4 * seen * row, |item| {
+            self.attend_tile(&tiles[item / kv_heads], item % kv_heads, k, v, out);
+        });
+    }
+
+    fn tiles(&self) -> Vec<Tile<'_>> {
+        let size = (TILE_ROWS / self.group.max(1)).max(1);
+        let mut tiles = Vec::new();
+        let mut t = 0;
+        for segment in self.step.segments() {
+            for offset in (0..segment.len).step_by(size) {
+                let len = size.min(segment.len - offset);
+                tiles.push(Tile { segment, t: t + offset, position: segment.start + offset, len });
+            }
+            t += segment.len;
+        }
+        tiles
+    }
+
+    /// The positions that the token at `position` sees.
+    fn seen(&self, position: usize) -> Range<usize> {
+        self.window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
+    }
+
+    /// Writes the outputs of the query heads that share KV head `head`.
+    fn attend_tile<E: Element>(&self, tile: &Tile<'_>, head: usize, k: &[E], v: &[E], out: SharedOut) {
+        let Self { place, group, .. } = *self;
+        let hd = place.head_dim;
+        let at = |row: usize| (((tile.t + row / group) * place.kv_heads + head) * group + row % group) * hd;
+        let rows = tile.len * group;
+        let mut softmax = Rows::new(hd, (0..rows).map(|row| self.seen(tile.position + row / group)).collect());
+        for row in 0..rows {
+            softmax.set_query(row, &self.q[at(row)..at(row) + hd]);
+        }
+        let (first, end) = (self.seen(tile.position).start, tile.position + tile.len);
+        let mut wide = vec![0.0; CHUNK * softmax.width()];
+        for start in (first / CHUNK * CHUNK..end).step_by(CHUNK) {
+            let positions = first.max(start)..end.min(start + CHUNK);
+            place.keys(k, tile.segment, head, positions.clone(), &mut wide);
+            softmax.score(self.isa, start, &wide[..CHUNK * hd]);
+            place.values(v, tile.segment, head, positions, softmax.width(), &mut wide);
+            softmax.weigh(self.isa, &wide);
+        }
+        for row in 0..rows {
+            // SAFETY: items write the disjoint outputs of their tokens' query groups.
+            softmax.finish(row, unsafe { std::slice::from_raw_parts_mut(out.from(at(row)), hd) });
         }
     }
-    lanes.iter().sum::<f32>() + rest
 }

@@ -2,6 +2,7 @@
 //! order, so that neither the number of rows nor of threads changes a bit.
 
 mod attention;
+mod attention_kernel;
 mod experts;
 mod isa;
 mod kernel;

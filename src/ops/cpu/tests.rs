@@ -194,3 +194,214 @@ fn packed_rows_come_back_as_they_were() {
 fn copied_blocks_hold_what_their_sources_hold() {
     [DType::F32, DType::BF16, DType::F16].map(Backend::cpu).iter().for_each(check_copied_blocks);
 }
+/// The step of `segments` over a cache of `shape`.
+fn layout(segments: Vec<Segment>, shape: KvShape) -> StepLayout {
+    let backend = Backend::cpu(DType::F32);
+    StepLayout::new(segments, &KvCache::new(shape, &backend).unwrap(), &backend).unwrap()
+}
+
+/// Sequences of random keys and values in scattered blocks, and queries for all their tokens.
+struct Sequences {
+    shape: KvShape,
+    group: usize,
+    window: Option<usize>,
+    blocks: Vec<Vec<BlockId>>,
+    lens: Vec<usize>,
+    q: Vec<Vec<f32>>,
+    k: Vec<Vec<f32>>,
+    v: Vec<Vec<f32>>,
+}
+
+impl Sequences {
+    fn new(lens: &[usize], group: usize, kv_heads: usize, head_dim: usize, block_size: usize, seed: u64) -> Self {
+        let count: usize = lens.iter().map(|len| len.div_ceil(block_size)).sum();
+        // Blocks of all sequences take turns, from the last one down.
+        let mut blocks: Vec<Vec<BlockId>> = vec![Vec::new(); lens.len()];
+        let mut free = (0..count as u32).rev().map(BlockId);
+        for turn in 0..count {
+            for (blocks, _) in blocks.iter_mut().zip(lens).filter(|(_, len)| turn * block_size < **len) {
+                blocks.extend(free.next());
+            }
+        }
+        let rows = |seed: u64, width: usize| -> Vec<Vec<f32>> {
+            lens.iter().enumerate().map(|(i, len)| exact(seed + 10 * i as u64, len * width)).collect()
+        };
+        let width = kv_heads * head_dim;
+        Self {
+            shape: KvShape { layers: 2, blocks: count, block_size, kv_heads, head_dim },
+            group,
+            window: None,
+            blocks,
+            lens: lens.to_vec(),
+            // Large enough for some weights to vanish.
+            q: rows(seed, width * group).into_iter().map(|q| q.iter().map(|x| 8.0 * x).collect()).collect(),
+            k: rows(seed + 1, width),
+            v: rows(seed + 2, width),
+        }
+    }
+
+    /// The results of every sequence; a step takes from each the next of its parts, in turn.
+    fn run(&self, isa: isa::Isa, dtype: DType, parts: &[Vec<usize>]) -> Vec<Vec<f32>> {
+        let mut store = KvStore::new(&self.shape, dtype);
+        let kv_width = self.shape.kv_heads * self.shape.head_dim;
+        let (mut done, mut out) = (vec![0; parts.len()], vec![Vec::new(); parts.len()]);
+        for turn in 0..parts.iter().map(Vec::len).max().unwrap_or(0) {
+            let (mut segments, mut rows) = (Vec::new(), Vec::new());
+            let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+            for (i, parts) in parts.iter().enumerate() {
+                let Some(&len) = parts.get(turn) else { continue };
+                let start = done[i];
+                done[i] += len;
+                segments.push(Segment { start, len, blocks: self.blocks[i].clone() });
+                rows.push((i, len * kv_width * self.group));
+                let part = |x: &[f32], width: usize| x[start * width..(start + len) * width].to_vec();
+                q.extend(part(&self.q[i], kv_width * self.group));
+                k.extend(part(&self.k[i], kv_width));
+                v.extend(part(&self.v[i], kv_width));
+            }
+            let step = layout(segments, self.shape);
+            store.write(1, &k, &v, &step);
+            let y = store.attend_on(isa, 1, &q, &step, self.window);
+            let mut y = y.as_slice();
+            for (i, len) in rows {
+                out[i].extend_from_slice(y.split_off(..len).unwrap());
+            }
+        }
+        out
+    }
+
+    /// Every sequence as one part.
+    fn whole(&self, isa: isa::Isa, dtype: DType) -> Vec<Vec<f32>> {
+        self.run(isa, dtype, &self.lens.iter().map(|len| vec![*len]).collect::<Vec<_>>())
+    }
+
+    /// What the reference computes for sequence `i`.
+    fn want(&self, i: usize) -> Vec<f32> {
+        let (hd, kv_heads) = (self.shape.head_dim, self.shape.kv_heads);
+        let mut out = Vec::new();
+        for (row, q) in self.q[i].chunks_exact(hd).enumerate() {
+            let (t, head) = (row / (kv_heads * self.group), row % (kv_heads * self.group) / self.group);
+            let from = self.window.map_or(0, |w| (t + 1).saturating_sub(w));
+            let part = |x: &'_ [f32], t: usize| x[(t * kv_heads + head) * hd..][..hd].to_vec();
+            let keys: Vec<Vec<f32>> = (from..=t).map(|t| part(&self.k[i], t)).collect();
+            let values: Vec<Vec<f32>> = (from..=t).map(|t| part(&self.v[i], t)).collect();
+            out.extend(reference::attend(
+                q,
+                &keys.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+                &values.iter().map(Vec::as_slice).collect::<Vec<_>>(),
+                1.0 / (hd as f32).sqrt(),
+            ));
+        }
+        out
+    }
+}
+
+/// Cuts `len` tokens into parts of the sizes that `sizes` gives in turn.
+fn cut(len: usize, sizes: &[usize]) -> Vec<usize> {
+    let mut left = len;
+    let parts = sizes.iter().cycle().map_while(|size| {
+        let part = left.min(*size);
+        left -= part;
+        (part > 0).then_some(part)
+    });
+    parts.collect()
+}
+
+fn head_dims() -> impl Strategy<Value = usize> {
+    proptest::sample::select(vec![2, 8, 12, 16, 32, 64, 80, 128])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn attention_of_every_instruction_set_agrees_with_the_reference(
+        lens in proptest::collection::vec(1usize..150, 1..4), group in 1usize..9, kv_heads in 1usize..3,
+        hd in head_dims(), block_size in proptest::sample::select(vec![4, 5, 16, 32, 128]),
+        window in proptest::option::of(1usize..100), dtype in dtypes(), seed in 0u64..1000,
+    ) {
+        let sequences = Sequences { window, ..Sequences::new(&lens, group, kv_heads, hd, block_size, seed) };
+        for isa in isa::Isa::available() {
+            for (i, got) in sequences.whole(isa, dtype).iter().enumerate() {
+                assert_close(got, &sequences.want(i), 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn attention_of_a_token_does_not_depend_on_the_tokens_beside_it(
+        lens in proptest::collection::vec(1usize..150, 1..4), group in 1usize..9, kv_heads in 1usize..3,
+        hd in head_dims(), block_size in proptest::sample::select(vec![4, 16]),
+        window in proptest::option::of(1usize..100), dtype in dtypes(), seed in 0u64..1000,
+        sizes in proptest::collection::vec(1usize..70, 1..4),
+    ) {
+        let sequences = Sequences { window, ..Sequences::new(&lens, group, kv_heads, hd, block_size, seed) };
+        for isa in isa::Isa::available() {
+            let whole = sequences.whole(isa, dtype);
+            for sizes in [&sizes[..], &[1]] {
+                let parts: Vec<_> = lens.iter().map(|len| cut(*len, sizes)).collect();
+                prop_assert!(sequences.run(isa, dtype, &parts) == whole, "{isa:?} in parts of {sizes:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn attention_does_not_see_what_comes_later_nor_other_sequences(
+        len in 2usize..150, share in 0.0f64..1.0, group in 1usize..6, hd in head_dims(),
+        block_size in proptest::sample::select(vec![4, 16]), window in proptest::option::of(1usize..100),
+        bad in proptest::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]), seed in 0u64..1000,
+    ) {
+        let first_bad = 1 + ((len - 1) as f64 * share) as usize;
+        let sequences = Sequences { window, ..Sequences::new(&[len, 40], group, 1, hd, block_size, seed) };
+        let mut spoiled = Sequences { window, ..Sequences::new(&[len, 40], group, 1, hd, block_size, seed) };
+        for x in [&mut spoiled.k, &mut spoiled.v] {
+            x[0][first_bad * hd..].fill(bad);
+            x[1].fill(bad);
+        }
+        for isa in isa::Isa::available() {
+            let (good, spoiled) = (sequences.whole(isa, DType::F32), spoiled.whole(isa, DType::F32));
+            let upto = first_bad * group * hd;
+            prop_assert!(good[0][..upto] == spoiled[0][..upto], "{isa:?}");
+            prop_assert!(spoiled[0][upto..].iter().all(|x| !x.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn attention_on_all_threads_agrees_with_attention_on_one() {
+    // Enough work for a parallel region only where all tokens are in one step.
+    let sequences = Sequences::new(&[300, 40], 3, 2, 32, 16, 5);
+    let alone: Vec<_> = sequences.lens.iter().map(|len| vec![1; *len]).collect();
+    let isa = isa::Isa::get();
+    assert!(sequences.whole(isa, DType::BF16) == sequences.run(isa, DType::BF16, &alone));
+}
+
+#[test]
+fn attention_to_one_position_gives_back_its_value() {
+    let (hd, bits) = (128, 0..=u16::MAX);
+    let values: Vec<f32> = bits.map(|bits| half::f16::from_bits(bits).to_f32()).filter(|x| !x.is_nan()).collect();
+    let tokens = values.len() / hd;
+    let values = &values[..tokens * hd];
+    let shape = KvShape { layers: 1, blocks: tokens, block_size: 4, kv_heads: 1, head_dim: hd };
+    let mut store = KvStore::new(&shape, DType::F16);
+    let segments = (0..tokens as u32).map(|i| Segment { start: 0, len: 1, blocks: vec![BlockId(i)] });
+    let step = layout(segments.collect(), shape);
+    let zeros = vec![0.0; values.len()];
+    store.write(0, &zeros, values, &step);
+    assert_eq!(store.attend(0, &zeros, &step, None), values);
+}
+
+#[test]
+fn exponentials_are_close_exact_at_0_and_gone_below_the_normal_numbers() {
+    for fused in [false, true] {
+        let exp2 = |x: f32| attention_kernel::exp2(fused, x);
+        assert_eq!(exp2(0.0), 1.0);
+        assert_eq!(exp2(-0.0), 1.0);
+        assert_eq!((exp2(-126.01), exp2(-3e38), exp2(f32::NEG_INFINITY)), (0.0, 0.0, 0.0));
+        assert!(exp2(f32::NAN).is_nan());
+        for x in (0..=1_260_000).map(|i| i as f32 * -1e-4) {
+            let want = f64::from(x).exp2();
+            assert!((f64::from(exp2(x)) - want).abs() <= 2e-7 * want, "2^{x} is not {}", exp2(x));
+        }
+    }
+}

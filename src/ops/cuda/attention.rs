@@ -28,20 +28,15 @@ pub(crate) struct StepTables {
 }
 
 impl StepTables {
-    /// For `segments`, whose tokens stand at `position_t` and belong to `segment_t`.
-    pub(crate) fn new(
-        segments: &[Segment],
-        position_t: &[u32],
-        segment_t: &[u32],
-        block_size: usize,
-        backend: &Backend,
-    ) -> Result<Self> {
+    /// For `segments`, whose tokens stand at `position_t`.
+    pub(crate) fn new(segments: &[Segment], position_t: &[u32], block_size: usize, backend: &Backend) -> Result<Self> {
         let tokens = position_t.len();
         let mut words = Vec::with_capacity(3 * tokens + segments.iter().map(|s| s.blocks.len()).sum::<usize>());
         words.extend_from_slice(position_t);
-        words.extend(position_t.iter().zip(segment_t).map(|(&position, &segment)| {
+        let segment_t = || segments.iter().enumerate().flat_map(|(i, s)| std::iter::repeat_n(i, s.len));
+        words.extend(position_t.iter().zip(segment_t()).map(|(&position, segment)| {
             let position = position as usize;
-            let block = segments[segment as usize].blocks[position / block_size].0;
+            let block = segments[segment].blocks[position / block_size].0;
             block * block_size as u32 + (position % block_size) as u32
         }));
         let starts: Vec<u32> = segments
@@ -52,7 +47,7 @@ impl StepTables {
                 Some(start)
             })
             .collect();
-        words.extend(segment_t.iter().map(|&s| starts[s as usize]));
+        words.extend(segment_t().map(|s| starts[s]));
         words.extend(segments.iter().flat_map(|s| s.blocks.iter().map(|b| b.0)));
         let positions = position_t.iter().max().map_or(0, |&p| p as usize + 1);
         let cache_blocks = segments.iter().flat_map(|s| &s.blocks).max().map_or(0, |b| b.0 as usize + 1);
