@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex};
 
 /// Measure what a router costs in quality: BBH, MMLU, GSM8K and perplexity, beside static routing at the same mean k.
 #[derive(Parser, Debug)]
-#[command(version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = help())]
+#[command(name = "moe-eval", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true, after_help = help())]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

@@ -99,6 +99,8 @@ pub enum Role {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskResult {
     pub task: String,
+    /// lm-eval's version of the task; none of perplexity.
+    pub version: Option<String>,
     /// What routed: a router, or the two static mixes between which the samples of a control alternate.
     pub routers: Vec<String>,
     pub samples: usize,

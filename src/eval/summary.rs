@@ -56,6 +56,7 @@ pub fn task_result(log: &Log, task: &Task, arm: &str, bootstrap: Bootstrap) -> T
     let single = task.subtasks.len() < 2;
     TaskResult {
         task: task.name.clone(),
+        version: task.entry.map(|entry| entry.version.into()),
         routers,
         samples: all.len(),
         cut: task.cut(),

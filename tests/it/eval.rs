@@ -116,7 +116,8 @@ fn every_router_runs_beside_native_and_its_static_control_at_the_same_mean_k() {
     let said = findings(&tasks[0].data, &arms, &found);
     assert!(said.iter().any(|s| s.contains("Not the published data")));
     assert!(
-        said.iter().any(|s| s.contains("`dynk:0.65`") && s.contains("its static control") && s.contains("the dynamic rule")),
+        said.iter()
+            .any(|s| s.contains("`dynk:0.65`") && s.contains("its static control") && s.contains("the dynamic rule")),
         "{said:?}"
     );
 }

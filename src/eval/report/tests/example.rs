@@ -113,6 +113,7 @@ fn arm(draw: &mut Draw, label: &str, role: Role, k: f64, loss: f64) -> Arm {
     let kl = |size: f64| (!native).then_some(Kl { mean: size, low: 0.9 * size, high: 1.12 * size, positions: 41_872 });
     let task = |task: &str, samples, metrics, subtasks: Vec<SubtaskResult>, seconds: f64| TaskResult {
         task: task.into(),
+        version: None,
         routers: routers.clone(),
         samples,
         cut: 0,

@@ -295,6 +295,7 @@ impl Wild {
         TaskResult {
             task: self.text(),
             routers: self.some(2, Self::text),
+            version: self.maybe(Self::text),
             samples: self.integer() as usize,
             cut: self.integer() as usize,
             metrics: self.some(3, Self::metric),
