@@ -365,12 +365,8 @@ fn command() -> String {
 }
 
 fn suite_options(args: &EvalArgs) -> SuiteOptions {
-    let perplexity = TextOptions {
-        text: args.text.clone().unwrap_or_default(),
-        window: args.window,
-        tokens_max: args.text_tokens,
-        limit: None,
-    };
+    let perplexity =
+        TextOptions { text: args.text.clone().unwrap_or_default(), window: args.window, tokens_max: args.text_tokens };
     SuiteOptions {
         shots: args.shots,
         limit: args.limit,

@@ -3,9 +3,9 @@
 //! Prompts are sent as token ids, so that the server's tokenizer has no say; log-likelihoods come from `echo` with
 //! `logprobs`, as in lm-eval's `local-completions`.
 
-use super::lm::{Chosen, Encoder, Generated, How, Lm, LmError, Reads, Scored};
+use super::lm::{Chosen, Encoder, Generated, How, Lm, LmError, Scored};
 use crate::engine::Text;
-use crate::types::{RouterSpec, TokenId};
+use crate::types::TokenId;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ pub struct Http {
 const RETRIES: u32 = 5;
 /// A server that says nothing for this long has hung.
 const TIMEOUT: Duration = Duration::from_secs(600);
+
 impl Http {
     /// Asks the server whether it is there. `text` is the model's tokenizer.
     ///
@@ -166,14 +167,6 @@ impl Lm for Http {
 
     fn score(&self, window: &[TokenId], how: &How<'_>) -> Result<Scored, LmError> {
         Ok(Scored { logprobs: self.logprobs(window, 1, how)?, routed: None })
-    }
-
-    fn distributions(&self, _: &[TokenId], _: usize, _: &RouterSpec) -> Result<Option<Vec<Vec<f32>>>, LmError> {
-        Ok(None)
-    }
-
-    fn expert_reads(&self) -> Result<Option<Reads>, LmError> {
-        Ok(None)
     }
 }
 

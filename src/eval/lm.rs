@@ -50,16 +50,20 @@ pub trait Lm: Send + Sync {
     /// As for [`Self::choose`].
     fn distributions(
         &self,
-        prompt: &[TokenId],
-        from: usize,
-        router: &RouterSpec,
-    ) -> Result<Option<Vec<Vec<f32>>>, LmError>;
+        _prompt: &[TokenId],
+        _from: usize,
+        _router: &RouterSpec,
+    ) -> Result<Option<Vec<Vec<f32>>>, LmError> {
+        Ok(None)
+    }
 
     /// Bytes of unique expert weights read so far, in all steps; `None` where the model does not tell.
     ///
     /// # Errors
     /// As for [`Self::choose`].
-    fn expert_reads(&self) -> Result<Option<Reads>, LmError>;
+    fn expert_reads(&self) -> Result<Option<Reads>, LmError> {
+        Ok(None)
+    }
 }
 
 /// How one request is to be run.
@@ -81,12 +85,14 @@ pub struct Reads {
 impl Reads {
     /// Reads the two counters off `metrics` in Prometheus' text format; `None` where they are not there.
     pub fn parse(metrics: &str) -> Option<Self> {
-        let value = |name: &str| {
-            let line = metrics.lines().find_map(|line| line.strip_prefix(name))?;
-            line.rsplit(' ').next()?.parse().ok()
-        };
+        let value = |name| series(metrics, name);
         Some(Self { ran: value("moe_expert_read_bytes_total")?, native: value("moe_expert_read_bytes_native_total")? })
     }
+}
+
+/// The value of the series called `name`, labels included, in `metrics` in Prometheus' text format.
+pub(super) fn series(metrics: &str, name: &str) -> Option<f64> {
+    metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?.parse().ok()
 }
 
 /// Why a model gave no answer.

@@ -126,7 +126,7 @@ impl Log {
         log.file.set_len(kept).map_err(io)?;
         log.file.seek(SeekFrom::Start(kept)).map_err(io)?;
         if kept == 0 {
-            log.write(&Line::Settings(settings.clone()))?;
+            log.write(Line::Settings(settings.clone()))?;
         }
         Ok(log)
     }
@@ -134,12 +134,13 @@ impl Log {
     /// Reads the whole lines and gives how many bytes they take.
     fn read(&mut self, settings: &BTreeMap<String, Value>) -> Result<u64, LogError> {
         let path = self.path.display().to_string();
-        let mut reader = BufReader::new(&self.file);
+        let io = |source| LogError::Io { path: path.clone(), source };
+        let mut reader = BufReader::new(self.file.try_clone().map_err(io)?);
         let (mut kept, mut number, mut text) = (0, 0, Vec::new());
         loop {
             text.clear();
             let read = reader.read_until(b'\n', &mut text);
-            let read = read.map_err(|source| LogError::Io { path: path.clone(), source })?;
+            let read = read.map_err(io)?;
             if !text.ends_with(b"\n") {
                 return Ok(kept);
             }
@@ -155,9 +156,7 @@ impl Log {
                 }
                 _ if number == 1 => return Err(broken("the settings were expected here".into())),
                 Line::Settings(_) => return Err(broken("settings stand in the first line alone".into())),
-                Line::Outcome(outcome) => drop(self.outcomes.insert(outcome.key.clone(), outcome)),
-                Line::Kl(kl) => drop(self.kl.insert(kl.key.clone(), kl)),
-                Line::Stretch(stretch) => self.stretches.push(stretch),
+                line => self.keep(line),
             }
             kept += read as u64;
         }
@@ -167,19 +166,23 @@ impl Log {
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn write(&mut self, line: &Line) -> Result<(), LogError> {
+    pub fn write(&mut self, line: Line) -> Result<(), LogError> {
         let io = |source| LogError::Io { path: self.path.display().to_string(), source };
-        let mut text = serde_json::to_vec(line).map_err(|e| io(e.into()))?;
+        let mut text = serde_json::to_vec(&line).map_err(|e| io(e.into()))?;
         text.push(b'\n');
         // In one call, so that a run that is killed leaves at most its last line unfinished.
         self.file.write_all(&text).map_err(io)?;
+        self.keep(line);
+        Ok(())
+    }
+
+    fn keep(&mut self, line: Line) {
         match line {
             Line::Settings(_) => {}
-            Line::Outcome(outcome) => drop(self.outcomes.insert(outcome.key.clone(), outcome.clone())),
-            Line::Kl(kl) => drop(self.kl.insert(kl.key.clone(), kl.clone())),
-            Line::Stretch(stretch) => self.stretches.push(stretch.clone()),
+            Line::Outcome(outcome) => drop(self.outcomes.insert(outcome.key.clone(), outcome)),
+            Line::Kl(kl) => drop(self.kl.insert(kl.key.clone(), kl)),
+            Line::Stretch(stretch) => self.stretches.push(stretch),
         }
-        Ok(())
     }
 }
 
@@ -218,16 +221,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("samples.jsonl");
         let mut log = Log::open(&path, &settings(5)).unwrap();
-        log.write(&Line::Outcome(outcome(0))).unwrap();
+        log.write(Line::Outcome(outcome(0))).unwrap();
         let stretch = Stretch { arm: "native".into(), task: "t".into(), samples: 1, reads: Reads::default() };
-        log.write(&Line::Stretch(stretch.clone())).unwrap();
+        log.write(Line::Stretch(stretch.clone())).unwrap();
         drop(log);
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, [&whole[..], b"{\"outcome\":{\"arm\":\"nat"].concat()).unwrap();
         let mut log = Log::open(&path, &settings(5)).unwrap();
         assert_eq!(log.outcomes.values().cloned().collect::<Vec<_>>(), [outcome(0)]);
         assert_eq!(log.stretches, [stretch]);
-        log.write(&Line::Outcome(outcome(1))).unwrap();
+        log.write(Line::Outcome(outcome(1))).unwrap();
         drop(log);
         assert_eq!(Log::open(&path, &settings(5)).unwrap().outcomes.len(), 2);
     }

@@ -3,7 +3,7 @@
 //! The profiler itself is [`crate::ops::profile`], a guard around any forward pass.
 
 use super::in_process::InProcess;
-use super::lm::{Lm, LmError, Reads, Routed};
+use super::lm::{Lm, LmError, Reads, Routed, series};
 use super::results::Saved;
 use crate::engine::api::Generate;
 use crate::engine::{Engine, Text};
@@ -86,12 +86,14 @@ pub fn profile(
     let lm = InProcess::new(engine.clone(), text, shape);
     let prompts = workload.prompts.iter().map(|p| lm.encode(p));
     let prompts: Vec<Vec<TokenId>> = prompts.collect::<Result<_, _>>()?;
-    let before = Series::new(engine.metrics());
+    let before = engine.metrics();
     let started = Instant::now();
     let routed = run(&lm, &prompts, workload)?;
     let seconds = started.elapsed().as_secs_f64();
-    let after = Series::new(engine.metrics());
-    let grown = |series: &str| after.value(series) - before.value(series);
+    let after = engine.metrics();
+    // A part that a model does not have has no series.
+    let value = |metrics: &str, name: &str| series(metrics, name).unwrap_or(0.0);
+    let grown = |name: &str| value(&after, name) - value(&before, name);
     let steps = grown("moe_step_seconds_count");
     let step_seconds = grown("moe_step_seconds_sum");
     let part_seconds =
@@ -110,7 +112,7 @@ pub fn profile(
         routing_seconds: part_seconds("routing", layer),
         experts_seconds: part_seconds("experts", layer),
     };
-    let reads = Reads::parse(&after.0).zip(Reads::parse(&before.0));
+    let reads = Reads::parse(&after).zip(Reads::parse(&before));
     let reads = reads.map(|(now, then)| Saved::of([(now.ran - then.ran) as u64, (now.native - then.native) as u64]));
     Ok(ProfileReport {
         router: workload.router.to_string(),
@@ -150,21 +152,6 @@ fn run(lm: &InProcess, prompts: &[Vec<TokenId>], workload: &Workload) -> Result<
         }
     });
     sum.into_inner().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Metrics in Prometheus' text format.
-struct Series(String);
-
-impl Series {
-    fn new(text: String) -> Self {
-        Self(text)
-    }
-
-    /// The value of a series; 0 where it is not there.
-    fn value(&self, series: &str) -> f64 {
-        let line = self.0.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
-    }
 }
 
 impl fmt::Display for ProfileReport {

@@ -87,12 +87,10 @@ fn shared_prefix(questions: &[&Question]) -> usize {
 /// Spaces at the end of the context belong to the continuation, which is what the whole text's ids have beyond the
 /// context's. Too long a context loses tokens on the left; the model never reads the continuation's last token.
 fn choose(lm: &dyn Lm, prompt: &str, continuations: &[String]) -> Result<(TokenAsk, bool), LmError> {
-    let bare = prompt.trim_end();
-    let spaces = &prompt[bare.len()..];
-    let context = lm.encode(bare)?;
+    let context = lm.encode(prompt.trim_end())?;
     let mut encoded = Vec::with_capacity(continuations.len());
     for continuation in continuations {
-        let whole = lm.encode(&format!("{bare}{spaces}{continuation}"))?;
+        let whole = lm.encode(&format!("{prompt}{continuation}"))?;
         let ids = whole.get(context.len()..).filter(|ids| !ids.is_empty());
         let ids = ids.ok_or_else(|| LmError(format!("the continuation {continuation:?} has no token of its own")))?;
         encoded.push(ids.to_vec());

@@ -96,7 +96,7 @@ impl Runner<'_> {
         if let Some((now, then)) = self.reads(task)?.zip(before) {
             let reads = Reads { ran: now.ran - then.ran, native: now.native - then.native };
             let (arm, task) = (arm.into(), task.name.clone());
-            self.log().write(&Line::Stretch(Stretch { arm, task, samples: open.len(), reads }))?;
+            self.log().write(Line::Stretch(Stretch { arm, task, samples: open.len(), reads }))?;
         }
         Ok(())
     }
@@ -187,7 +187,7 @@ impl Runner<'_> {
                 let lines = catch_unwind(AssertUnwindSafe(|| work(*i)));
                 let lines = lines.unwrap_or_else(|_| Err(LmError("a worker panicked: this is a bug".into())));
                 let lines = lines.map_err(|problem| RunError::Lm { task: task.name.clone(), row, problem })?;
-                for line in &lines {
+                for line in lines {
                     self.log().write(line)?;
                 }
                 lock(())[*i] = true;

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 pub struct SuiteOptions {
     /// Few-shot examples; the task's own number without it.
     pub shots: Option<usize>,
-    /// Samples per subtask, the first ones.
+    /// Samples per subtask, windows of text, the first ones.
     pub limit: Option<usize>,
     /// Seed of few-shot examples that are drawn.
     pub seed: u64,
@@ -33,8 +33,6 @@ pub struct TextOptions {
     pub window: usize,
     /// Tokens of text, from its beginning; all without it.
     pub tokens_max: Option<usize>,
-    /// Windows, the first ones.
-    pub limit: Option<usize>,
 }
 
 /// The task that is no benchmark: windows of any text.
@@ -71,7 +69,7 @@ pub struct Material(Kind);
 
 enum Kind {
     Benchmark { name: String, entry: &'static TaskEntry, parts: Vec<(Subtask, Vec<Sample>)>, data: Vec<DataFacts> },
-    Text { options: TextOptions, text: String },
+    Text { options: TextOptions, limit: Option<usize>, text: String },
 }
 
 /// Reads the tasks called `names`; perplexity comes last. `mmlu@5` is MMLU with five shots, whatever `options` say.
@@ -97,9 +95,9 @@ pub fn read(names: &[String], source: &Source, options: &SuiteOptions) -> Result
         }
     }
     if names.iter().any(|name| name == PERPLEXITY) {
-        let options = TextOptions { limit: options.limit, ..options.perplexity.clone() };
+        let (options, limit) = (options.perplexity.clone(), options.limit);
         let text = std::fs::read_to_string(&options.text).map_err(|e| options.error(e.to_string()))?;
-        read.push(Material(Kind::Text { options, text }));
+        read.push(Material(Kind::Text { options, limit, text }));
     }
     Ok(read)
 }
@@ -147,13 +145,13 @@ impl Material {
                 }
                 Ok(Task { name, entry: Some(entry), subtasks, questions, data })
             }
-            Kind::Text { options, text } => windows(lm, &options, &text),
+            Kind::Text { options, limit, text } => windows(lm, &options, limit, &text),
         }
     }
 }
 
 /// Windows of a text that do not overlap, as published figures have them; what is left over at the end is not scored.
-fn windows(lm: &dyn Lm, options: &TextOptions, text: &str) -> Result<Task, SuiteError> {
+fn windows(lm: &dyn Lm, options: &TextOptions, limit: Option<usize>, text: &str) -> Result<Task, SuiteError> {
     let (window, longest) = (options.window, lm.max_length());
     if window < 2 || window > longest {
         return Err(options.error(format!(
@@ -171,7 +169,7 @@ fn windows(lm: &dyn Lm, options: &TextOptions, text: &str) -> Result<Task, Suite
         let ask = TokenAsk::Window { tokens: tokens.to_vec(), bytes };
         Question { subtask: 0, row, ask, shared: 0, cut: false, sample: None }
     };
-    let windows = ids.chunks_exact(window).take(options.limit.unwrap_or(usize::MAX));
+    let windows = ids.chunks_exact(window).take(limit.unwrap_or(usize::MAX));
     let questions: Vec<Question> = windows.enumerate().map(question).collect();
     let sha256 = hex(&Sha256::digest(text.as_bytes()));
     let name = options.text.file_name().unwrap_or_default().to_string_lossy().into_owned();

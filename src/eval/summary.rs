@@ -200,7 +200,7 @@ mod tests {
         let mut stretch = |samples| {
             let reads = Reads { ran: 30.0, native: 40.0 };
             let stretch = Stretch { arm: "a".into(), task: "t".into(), samples, reads };
-            log.write(&Line::Stretch(stretch)).unwrap();
+            log.write(Line::Stretch(stretch)).unwrap();
             expert_bytes(&log, &outcomes, "t", "a")
         };
         assert_eq!(stretch(1), None, "a first stretch was stopped before it told");

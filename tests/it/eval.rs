@@ -7,10 +7,10 @@ use moe_serve::eval::compare::{Arrangement, Plan, comparisons, evaluate};
 use moe_serve::eval::results::{Arm, Role};
 use moe_serve::eval::task::{Place, Source};
 use moe_serve::eval::{
-    Bootstrap, Chosen, Generated, How, Http, HttpOptions, InProcess, Lm, LmError, Log, Reads, Runner, Said, Scored,
+    Bootstrap, Chosen, Generated, How, Http, HttpOptions, InProcess, Lm, LmError, Log, Runner, Said, Scored,
     SuiteOptions, Task, TextOptions, findings, read,
 };
-use moe_serve::types::{MoeShape, RouterSpec};
+use moe_serve::types::MoeShape;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -51,8 +51,7 @@ fn in_process(server: &Server) -> (InProcess, MoeShape) {
 fn suite(lm: &dyn Lm, names: &[&str]) -> Vec<Task> {
     let names: Vec<String> = names.iter().map(|n| n.to_string()).collect();
     let source = Source { place: Place::Directory(repo("eval/samples")), unverified: true, bars: Default::default() };
-    let perplexity =
-        TextOptions { text: repo("eval/samples/text.txt"), window: 48, tokens_max: Some(480), limit: None };
+    let perplexity = TextOptions { text: repo("eval/samples/text.txt"), window: 48, tokens_max: Some(480) };
     let options = SuiteOptions { shots: None, limit: None, seed: 1234, max_gen_tokens: Some(24), perplexity };
     let material = read(&names, &source, &options).unwrap();
     material.into_iter().map(|m| m.encode(lm).unwrap()).collect()
@@ -174,7 +173,7 @@ fn a_text_longer_than_any_prompt_is_cut_into_windows() {
     std::fs::write(&path, &text).unwrap();
     assert!(server.engine.encode(&text, true).is_err(), "as a prompt it is too long");
     let source = Source { place: Place::Directory(repo("eval/samples")), unverified: true, bars: Default::default() };
-    let perplexity = TextOptions { text: path, window: 1024, tokens_max: None, limit: None };
+    let perplexity = TextOptions { text: path, window: 1024, tokens_max: None };
     let options = SuiteOptions { limit: Some(2), perplexity, ..Default::default() };
     let material = read(&["perplexity".into()], &source, &options).unwrap();
     let tasks: Vec<Task> = material.into_iter().map(|m| m.encode(&lm).unwrap()).collect();
@@ -222,12 +221,6 @@ impl Lm for Panics {
     }
     fn score(&self, _: &[u32], _: &How<'_>) -> Result<Scored, LmError> {
         panic!("on purpose")
-    }
-    fn distributions(&self, _: &[u32], _: usize, _: &RouterSpec) -> Result<Option<Vec<Vec<f32>>>, LmError> {
-        Ok(None)
-    }
-    fn expert_reads(&self) -> Result<Option<Reads>, LmError> {
-        Ok(None)
     }
 }
 

@@ -2,18 +2,16 @@
 //! or where MOE_SHARED_DIR says. `tests/golden/lm_eval/make.py` made the golden files.
 
 use crate::eval::{own_router, samples};
-use crate::eval_prompts::data;
-use crate::support::{repo, try_load};
+use crate::support::{repo, shared_data, try_load};
 use moe_serve::engine::{Engine, EngineConfig, Text};
 use moe_serve::eval::compare::evaluate;
 use moe_serve::eval::results::{Metric, TaskResult};
 use moe_serve::eval::task::{Place, Source};
 use moe_serve::eval::{
-    Chosen, Generated, How, InProcess, Lm, LmError, Outcome, Question, Reads, Runner, Said, Scored, SuiteOptions, Task,
-    read,
+    Chosen, Generated, How, InProcess, Lm, LmError, Outcome, Question, Runner, Said, Scored, SuiteOptions, Task, read,
 };
 use moe_serve::moe::Policy;
-use moe_serve::types::{DtypeChoice, RouterSpec, hex};
+use moe_serve::types::{DtypeChoice, hex};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, VecDeque};
@@ -102,7 +100,7 @@ fn assert_aggregate(result: &TaskResult, golden: &Value) {
 }
 
 fn golden(name: &str) {
-    let Some(data) = data() else { return };
+    let Some(data) = shared_data("gsm8k/test.jsonl") else { return };
     let dir = data.join("checkpoints").join(name);
     let file = std::fs::read_to_string(repo(&format!("tests/golden/lm_eval/{name}.jsonl"))).unwrap();
     let lines: Vec<Value> = file.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -185,14 +183,6 @@ impl Lm for Scripted {
     fn score(&self, _: &[u32], _: &How<'_>) -> Result<Scored, LmError> {
         unreachable!("no task asks for it")
     }
-
-    fn distributions(&self, _: &[u32], _: usize, _: &RouterSpec) -> Result<Option<Vec<Vec<f32>>>, LmError> {
-        Ok(None)
-    }
-
-    fn expert_reads(&self) -> Result<Option<Reads>, LmError> {
-        Ok(None)
-    }
 }
 
 /// SHA-256 over lines.
@@ -204,7 +194,7 @@ fn lines_sum(lines: impl Iterator<Item = String>) -> String {
 /// standard errors.
 #[test]
 fn all_samples_are_judged_and_averaged_as_lm_eval_does() {
-    let Some(data) = data() else { return };
+    let Some(data) = shared_data("gsm8k/test.jsonl") else { return };
     let lines: Vec<Value> =
         include_str!("../golden/lm_eval/scripted.jsonl").lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let phrases: Vec<String> = serde_json::from_value(lines[0]["phrases"].clone()).unwrap();

@@ -1,22 +1,11 @@
 //! Prompts and shots beside lm-eval's, on the published data that lies in ../shared or where MOE_SHARED_DIR says.
 
+use crate::support::shared_data;
 use indicatif::MultiProgress;
 use moe_serve::eval::task::{Ask, LoadOptions, Loaded, Place, Source, select};
 use moe_serve::types::hex;
 use sha2::{Digest, Sha256};
-use std::path::{Path, PathBuf};
-
-/// `data` of the shared folder, if it is here.
-pub fn data() -> Option<PathBuf> {
-    let beside = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared"));
-    let shared = std::env::var_os("MOE_SHARED_DIR").map_or_else(beside, PathBuf::from);
-    let dir = shared.join("data");
-    if !dir.join("gsm8k/test.jsonl").is_file() {
-        eprintln!("SKIPPED: ../shared/data is not here");
-        return None;
-    }
-    Some(dir)
-}
+use std::path::Path;
 
 fn load(dir: &Path, subtask: &str, shots: usize) -> Loaded {
     let source = Source { place: Place::Directory(dir.into()), unverified: false, bars: MultiProgress::new() };
@@ -35,7 +24,7 @@ fn digest<'a>(texts: impl Iterator<Item = &'a str>) -> String {
 /// made of the same rows.
 #[test]
 fn every_prompt_and_reference_is_that_of_lm_eval() {
-    let Some(dir) = data() else { return };
+    let Some(dir) = shared_data("gsm8k/test.jsonl") else { return };
     let mut prompts = 0;
     for line in include_str!("../golden/eval/prompts.sha256").lines() {
         let [subtask, shots, ..] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
@@ -57,7 +46,7 @@ fn every_prompt_and_reference_is_that_of_lm_eval() {
 /// The rows that CPython's generator draws, all of them.
 #[test]
 fn shots_of_gsm8k_are_the_rows_that_cpython_draws() {
-    let Some(dir) = data() else { return };
+    let Some(dir) = shared_data("gsm8k/test.jsonl") else { return };
     let train: Vec<serde_json::Value> = std::fs::read_to_string(dir.join("gsm8k/train.jsonl"))
         .unwrap()
         .lines()

@@ -1,7 +1,7 @@
 //! Checks against text and checkpoints that lie outside the repository, in ../shared or where MOE_SHARED_DIR says.
 
 use crate::checkpoint::{Checkpoint, quiet};
-use crate::support::Runner;
+use crate::support::{Runner, shared_data};
 use moe_serve::engine::Text;
 use moe_serve::model::hub::{HubOptions, resolve};
 use moe_serve::model::{LoadOptions, Loaded, load};
@@ -18,14 +18,7 @@ const BATCH: usize = 8;
 
 /// `data/checkpoints` of the shared folder, if it is here.
 fn checkpoints() -> Option<PathBuf> {
-    let beside = || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared"));
-    let shared = std::env::var_os("MOE_SHARED_DIR").map_or_else(beside, PathBuf::from);
-    let dir = shared.join("data/checkpoints");
-    if !dir.join("stories-held-out.txt").is_file() {
-        eprintln!("SKIPPED: ../shared/data is not here");
-        return None;
-    }
-    Some(dir)
+    Some(shared_data("checkpoints/stories-held-out.txt")?.join("checkpoints"))
 }
 
 /// A checkpoint in f32 and the held-out windows in its tokens.

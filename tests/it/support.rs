@@ -21,6 +21,17 @@ pub fn repo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
+/// `data` of the folder `../shared` or where MOE_SHARED_DIR says, if its file `needed` is here; says loudly if not.
+pub fn shared_data(needed: &str) -> Option<PathBuf> {
+    let shared = std::env::var_os("MOE_SHARED_DIR").map_or_else(|| repo("../shared"), PathBuf::from);
+    let data = shared.join("data");
+    if !data.join(needed).is_file() {
+        eprintln!("SKIPPED: ../shared/data is not here");
+        return None;
+    }
+    Some(data)
+}
+
 /// The files of a checkpoint folder; one without a tokenizer gets the bundled model's.
 pub fn files(dir: &Path) -> Files {
     let file = |name: &str| Some(dir.join(name)).filter(|p| p.is_file());
