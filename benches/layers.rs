@@ -8,8 +8,10 @@ use moe_serve::model::hub::{HubOptions, resolve};
 use moe_serve::model::{LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::{ROUTERS, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder};
-use moe_serve::ops::{Backend, Experts, ExpertsBuilder, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout};
-use moe_serve::types::{BlockId, MoeShape};
+use moe_serve::ops::{
+    Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout,
+};
+use moe_serve::types::{Activation, BlockId, MoeShape};
 use std::hint::black_box;
 use std::sync::Arc;
 
@@ -29,8 +31,15 @@ fn host(seed: u64, rows: usize, columns: usize) -> HostTensor {
 
 /// Every router on one OLMoE-shaped layer (64 experts, 8 native).
 fn routing(c: &mut Criterion) {
-    let shape =
-        MoeShape { experts: 64, top_k: 8, expert_width: 1024, shared_width: None, renormalise: false, layers: 1 };
+    let shape = MoeShape {
+        experts: 64,
+        top_k: 8,
+        expert_width: 1024,
+        shared_width: None,
+        renormalise: false,
+        layers: 1,
+        router: None,
+    };
     let mut group = c.benchmark_group("routing_64_experts");
     for tokens in [1, 32, 512] {
         let logits: Vec<f32> = numbers(1, tokens * 64).iter().map(|z| z * 3.0).collect();
@@ -43,7 +52,7 @@ fn routing(c: &mut Criterion) {
         for router in ROUTERS {
             let policies = [Arc::new(Policy::build(&router.example.parse().expect("a spec"), &shape).expect("fits"))];
             group.bench_function(BenchmarkId::new(router.name, tokens), |b| {
-                b.iter(|| RouteCtx::new(shape, &policies, &step).route(0, black_box(&logits)).expect("routes"));
+                b.iter(|| RouteCtx::new(&shape, &policies, &step).route(0, black_box(&logits)).expect("routes"));
             });
         }
     }
@@ -74,9 +83,10 @@ fn projections(c: &mut Criterion) {
 }
 
 fn experts_of(e: usize, d: usize, f: usize, dtype: DType) -> Experts {
-    let mut builder = ExpertsBuilder::new(e, &Backend::cpu(dtype));
+    let mut builder = ExpertsBuilder::new(e, Activation::Swiglu, &Backend::cpu(dtype));
     for i in 0..e as u64 {
-        builder.push(&host(3 * i, f, d), &host(3 * i + 1, f, d), &host(3 * i + 2, d, f)).expect("packs");
+        let net = HostFfn::swiglu(host(3 * i, f, d), host(3 * i + 1, f, d), host(3 * i + 2, d, f));
+        builder.push(&net).expect("packs");
     }
     builder.finish().expect("packs")
 }
@@ -150,7 +160,7 @@ fn step(c: &mut Criterion) {
             let policies = [Arc::new(Policy::build(&router.parse().expect("a spec"), &shape.moe).expect("fits"))];
             group.bench_function(BenchmarkId::new(router, batch), |b| {
                 b.iter(|| {
-                    let mut routes = RouteCtx::new(shape.moe, &policies, &tokens);
+                    let mut routes = RouteCtx::new(&shape.moe, &policies, &tokens);
                     let hidden = model.forward(&input, &mut kv, &mut routes).expect("runs").expect("rows");
                     model.logits(&hidden, 0, batch).expect("runs")
                 });

@@ -264,7 +264,7 @@ fn open(args: &EvalArgs) -> Result<Opened> {
         None => {
             let launched = launch(&args.model, args.workers.into(), false)?;
             eprintln!("{}", launched.describe());
-            let moe = launched.shape.moe;
+            let moe = launched.shape.moe.clone();
             // Without the number of threads, which changes nothing.
             let device = launched.runs_on.split([' ', '(']).next().unwrap_or_default();
             let device = format!("{device}, {}", launched.dtype);
@@ -273,7 +273,11 @@ fn open(args: &EvalArgs) -> Result<Opened> {
                 hash: Some(hash(&launched.files)?),
                 runs_on: launched.runs_on,
                 parameters: Some(launched.shape.parameters as u64),
-                moe: Some(MoeFacts { layers: moe.layers, experts: moe.experts, top_k: moe.top_k }),
+                moe: (moe.layers > 0).then_some(MoeFacts {
+                    layers: moe.layers,
+                    experts: moe.experts,
+                    top_k: moe.top_k,
+                }),
             };
             let lm = Box::new(InProcess::new(Arc::new(launched.engine), launched.text, &launched.shape));
             Ok(Opened { lm, facts, moe: Some(moe), device })

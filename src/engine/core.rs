@@ -310,7 +310,7 @@ impl Core {
         let layout = StepLayout::new(segments, &self.kv, self.model.backend())?;
         let logit_rows: Vec<u32> = rows.iter().map(|r| r.row).collect();
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &logit_rows };
-        let mut routes = RouteCtx::new(self.model.shape().moe, &policies, &tokens);
+        let mut routes = RouteCtx::new(&self.model.shape().moe, &policies, &tokens);
         let hidden = self.model.forward(&input, &mut self.kv, &mut routes)?;
         Ok(Forwarded { trace: routes.into_trace(), rows, hidden })
     }
@@ -319,13 +319,14 @@ impl Core {
     /// has read its answer finds its work counted.
     fn account(&mut self, plan: &Plan, done: &Forwarded) {
         let mut step_work = Work::default();
+        // None at all in a model without mixtures.
         let layers = self.model.shape().moe.layers;
-        let mut k_tl = done.trace.k_tl.chunks_exact(layers);
         let mut logit_rows = done.rows.iter().map(|r| r.row).peekable();
         let mut row = 0;
         for chunk in &plan.chunks {
             let Some(seq) = self.seqs.get_mut(&chunk.seq) else { continue };
-            for (position, k_l) in (chunk.start..).zip(k_tl.by_ref().take(chunk.tokens.len())) {
+            for position in chunk.start..chunk.start + chunk.tokens.len() {
+                let k_l = &done.trace.k_tl[row as usize * layers..][..layers];
                 let lm_head = logit_rows.next_if_eq(&row).is_some();
                 row += 1;
                 let expert_rows = k_l.iter().map(|k| u64::from(*k)).sum();

@@ -101,13 +101,17 @@ impl Launched {
     /// Lines that say what the model is and what it runs on.
     pub fn describe(&self) -> String {
         let (name, shape) = (&self.engine.info().name, &self.shape);
-        let shared = if shape.moe.shared_width.is_some() { " and a shared one" } else { "" };
+        let mixtures = match &shape.moe {
+            moe if moe.layers == 0 => "none of them a mixture".into(),
+            moe => {
+                let shared = if moe.shared_width.is_some() { " and a shared one" } else { "" };
+                format!("{} of them mixtures of {} experts{shared}", moe.layers, moe.experts)
+            }
+        };
         format!(
-            "model      {name}: {} parameters, {} layers, {} of them mixtures of {} experts{shared}\nruns on    {}",
+            "model      {name}: {} parameters, {} layers, {mixtures}\nruns on    {}",
             HumanCount(shape.parameters as u64),
             shape.layers.len(),
-            shape.moe.layers,
-            shape.moe.experts,
             self.runs_on,
         )
     }

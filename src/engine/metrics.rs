@@ -318,7 +318,9 @@ impl MoeSeries {
             let (ran, native) = (self.flops.with_label_values(&[scope]), self.flops_native.with_label_values(&[scope]));
             ran.inc_by(flops.ran as f64);
             native.inc_by(flops.native as f64);
-            self.flops_saved.with_label_values(&[scope]).set(1.0 - ran.get() / native.get());
+            // A model without mixtures never runs an expert.
+            let saved = if native.get() > 0.0 { 1.0 - ran.get() / native.get() } else { 0.0 };
+            self.flops_saved.with_label_values(&[scope]).set(saved);
         }
         self.unique_experts.observe(reads.ran as f64);
         self.expert_bytes.inc_by(reads.bytes_ran as f64);

@@ -57,7 +57,7 @@ impl Engine {
         let unfinished_max = config.max_num_seqs + config.max_queue;
         let (router, router_means) = (policy.spec().clone(), policy.describe());
         let info = ModelInfo { name, router, router_means, limits, unfinished_max, created };
-        let moe = shape.moe;
+        let moe = shape.moe.clone();
         let grammars = Grammars::new(text.bytes().clone(), &loaded.eos);
         let (sender, receiver) = channel();
         let eos = loaded.eos.clone();

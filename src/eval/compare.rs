@@ -60,8 +60,8 @@ pub fn evaluate(
         let mut legs: Vec<Leg> = Vec::new();
         for leg in first_legs(plan) {
             run(runner, task, &leg, plan, &mut on_result)?;
-            let control = match plan.moe.filter(|_| plan.compare_static && is_dynamic(plan, &leg)) {
-                Some(moe) => control(runner, task, &leg, &moe),
+            let control = match plan.moe.as_ref().filter(|_| plan.compare_static && is_dynamic(plan, &leg)) {
+                Some(moe) => control(runner, task, &leg, moe),
                 None => None,
             };
             legs.push(leg);
@@ -121,8 +121,12 @@ fn is_dynamic(plan: &Plan, leg: &Leg) -> bool {
     plan.routers.iter().any(|r| r.dynamic && r.spec.to_string() == leg.label)
 }
 
-/// Static routing at the mean k that `leg` had on `task`, under the same rule of weights.
+/// Static routing at the mean k that `leg` had on `task`, under the same rule of weights; none for a model without
+/// mixtures.
 fn control(runner: &Runner<'_>, task: &Task, leg: &Leg, moe: &MoeShape) -> Option<Leg> {
+    if moe.layers == 0 {
+        return None;
+    }
     let log = runner.log();
     let own = outcomes(&log, task, &leg.label);
     let mean_k = routed(&own)?.mean_k();
@@ -226,7 +230,7 @@ mod tests {
     use super::*;
 
     fn moe(layers: usize) -> MoeShape {
-        MoeShape { experts: 8, top_k: 2, expert_width: 4, shared_width: None, renormalise: true, layers }
+        MoeShape { experts: 8, top_k: 2, expert_width: 4, shared_width: None, renormalise: true, layers, router: None }
     }
 
     #[test]

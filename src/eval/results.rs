@@ -34,7 +34,7 @@ pub struct ModelFacts {
     /// What it ran on: `cpu (AVX-512, 2 threads) with bf16 weights`, or the server's address.
     pub runs_on: String,
     pub parameters: Option<u64>,
-    /// None over HTTP.
+    /// None over HTTP, and for models without mixtures.
     pub moe: Option<MoeFacts>,
 }
 

@@ -3,7 +3,7 @@
 
 use super::LoadError;
 use super::rope::RopeConfig;
-use crate::types::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
+use crate::types::{Activation, AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
@@ -110,6 +110,16 @@ impl Config {
         self.opt_bool(field)?.ok_or_else(|| self.error(field, "is missing"))
     }
 
+    /// One of `names`.
+    pub(super) fn one_of<T: Copy>(&mut self, field: &'static str, names: &[(&str, T)]) -> Result<T, LoadError> {
+        let value = self.get(field).cloned().ok_or_else(|| self.error(field, "is missing"))?;
+        let found = names.iter().find(|(name, _)| value == *name);
+        found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+            let names: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
+            self.error(field, format!("must be one of {}; got {value}", names.join(", ")))
+        })
+    }
+
     /// Refuses a field that is set to something this server does not do.
     pub(super) fn only(&mut self, field: &'static str, supported: &Value) -> Result<(), LoadError> {
         match self.get(field).cloned() {
@@ -145,10 +155,27 @@ pub(super) struct Base {
     pub hidden: usize,
     pub layers: usize,
     pub attention: AttentionShape,
+    pub activation: Activation,
+    pub norm: NormKind,
     pub eps: f64,
     pub max_positions: usize,
     pub tied: bool,
-    pub rope: RopeConfig,
+    pub position: PositionKind,
+}
+
+/// Which norm a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NormKind {
+    Rms,
+    Layer,
+}
+
+/// How a model's tokens know where they stand.
+#[derive(Clone, Debug)]
+pub(super) enum PositionKind {
+    /// An embedding for each position.
+    Learned,
+    Rope(RopeConfig),
 }
 
 /// Bounds that keep a lying config.json from asking for absurd allocations before a tensor contradicts it.
@@ -166,6 +193,16 @@ pub(super) fn width(config: &mut Config, field: &'static str) -> Result<usize, L
     config.int(field, 1..=WIDTH_MAX)
 }
 
+/// Tokens of the vocabulary.
+pub(super) fn vocab(config: &mut Config) -> Result<usize, LoadError> {
+    config.int("vocab_size", 1..=1 << 24)
+}
+
+/// Layers of the model.
+pub(super) fn layers(config: &mut Config) -> Result<usize, LoadError> {
+    config.int("num_hidden_layers", 1..=LAYERS_MAX)
+}
+
 /// Experts per layer, under whichever of its names the file has.
 pub(super) fn experts(config: &mut Config, names: [&'static str; 2]) -> Result<usize, LoadError> {
     let first = config.opt_int(names[0], 1..=EXPERTS_MAX)?;
@@ -177,54 +214,67 @@ pub(super) fn experts(config: &mut Config, names: [&'static str; 2]) -> Result<u
     }
 }
 
-impl Base {
-    /// `kv_heads` may be absent only where the family's own default says what it is then.
-    pub(super) fn read(config: &mut Config, kv_heads_default_to_heads: bool) -> Result<Self, LoadError> {
-        config.only("hidden_act", &Value::from("silu"))?;
-        if let Some(value) = config.get("quantization_config").cloned() {
-            let method = value.get("quant_method").cloned().unwrap_or(value);
+/// Refuses quantised checkpoints.
+pub(super) fn not_quantised(config: &mut Config) -> Result<(), LoadError> {
+    let Some(value) = config.get("quantization_config").cloned() else { return Ok(()) };
+    let method = value.get("quant_method").cloned().unwrap_or(value);
+    Err(config
+        .error("quantization_config", format!("quantised checkpoints ({method}) are not supported; use the BF16 one")))
+}
+
+/// Heads of a model of width `hidden`. `kv_heads` may be absent only where the family's own default says what it is
+/// then.
+pub(super) fn attention(
+    config: &mut Config,
+    hidden: usize,
+    kv_heads_default_to_heads: bool,
+) -> Result<AttentionShape, LoadError> {
+    let heads = config.int("num_attention_heads", 1..=1 << 12)?;
+    let kv_heads = match config.opt_int("num_key_value_heads", 1..=heads)? {
+        Some(n) => n,
+        None if kv_heads_default_to_heads => heads,
+        None => return Err(config.error("num_key_value_heads", "is missing")),
+    };
+    if heads % kv_heads != 0 {
+        return Err(
+            config.error("num_key_value_heads", format!("{kv_heads} does not divide the {heads} attention heads"))
+        );
+    }
+    let head_dim = match config.opt_int("head_dim", 1..=1 << 12)? {
+        Some(n) => n,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
             return Err(config.error(
-                "quantization_config",
-                format!("quantised checkpoints ({method}) are not supported; use the BF16 one"),
+                "hidden_size",
+                format!("{hidden} is no multiple of the {heads} attention heads, and `head_dim` is absent"),
             ));
         }
+    };
+    if head_dim % 2 != 0 {
+        return Err(config.error("head_dim", format!("must be even; got {head_dim}")));
+    }
+    Ok(AttentionShape { heads, kv_heads, head_dim })
+}
+
+impl Base {
+    /// Of a family of transformers. `kv_heads` may be absent only where its own default says what it is then.
+    pub(super) fn read(config: &mut Config, kv_heads_default_to_heads: bool) -> Result<Self, LoadError> {
+        config.only("hidden_act", &Value::from("silu"))?;
+        not_quantised(config)?;
         let hidden = width(config, "hidden_size")?;
-        let heads = config.int("num_attention_heads", 1..=1 << 12)?;
-        let kv_heads = match config.opt_int("num_key_value_heads", 1..=heads)? {
-            Some(n) => n,
-            None if kv_heads_default_to_heads => heads,
-            None => return Err(config.error("num_key_value_heads", "is missing")),
-        };
-        if heads % kv_heads != 0 {
-            return Err(
-                config.error("num_key_value_heads", format!("{kv_heads} does not divide the {heads} attention heads"))
-            );
-        }
-        let head_dim = match config.opt_int("head_dim", 1..=1 << 12)? {
-            Some(n) => n,
-            None if hidden % heads == 0 => hidden / heads,
-            None => {
-                return Err(config.error(
-                    "hidden_size",
-                    format!("{hidden} is no multiple of the {heads} attention heads, and `head_dim` is absent"),
-                ));
-            }
-        };
-        if head_dim % 2 != 0 {
-            return Err(
-                config.error("head_dim", format!("rotary embeddings need an even head dimension; got {head_dim}"))
-            );
-        }
+        let attention = attention(config, hidden, kv_heads_default_to_heads)?;
         let max_positions = max_positions(config)?;
         Ok(Self {
-            vocab: config.int("vocab_size", 1..=1 << 24)?,
+            vocab: vocab(config)?,
             hidden,
-            layers: config.int("num_hidden_layers", 1..=LAYERS_MAX)?,
-            attention: AttentionShape { heads, kv_heads, head_dim },
+            layers: layers(config)?,
+            attention,
+            activation: Activation::Swiglu,
+            norm: NormKind::Rms,
             eps: config.positive("rms_norm_eps")?,
             max_positions,
             tied: config.bool("tie_word_embeddings")?,
-            rope: RopeConfig::read(config, head_dim, max_positions)?,
+            position: PositionKind::Rope(RopeConfig::read(config, attention.head_dim, max_positions)?),
         })
     }
 
@@ -237,6 +287,7 @@ impl Base {
             max_positions: self.max_positions,
             attention: self.attention,
             layers,
+            activation: self.activation,
             moe: MoeShape { layers: count, ..moe },
             parameters: 0,
         }

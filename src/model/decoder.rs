@@ -2,7 +2,7 @@
 
 use crate::moe::{MoeLayer, RouteCtx};
 use crate::ops::profile::{Part, timed};
-use crate::ops::{self, Backend, Embedding, KvCache, Linear, RmsNorm, Rotary, StepLayout, Swiglu};
+use crate::ops::{self, Backend, Embedding, FeedForward, KvCache, Linear, Norm, Rotary, StepLayout};
 use crate::types::{ModelShape, TokenId};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -13,25 +13,27 @@ pub struct CausalLm {
     pub(super) shape: ModelShape,
     pub(super) backend: Backend,
     pub(super) embedding: Embedding,
+    /// Learned positions, added to the embeddings.
+    pub(super) positions: Option<Embedding>,
     pub(super) layers: Vec<DecoderLayer>,
-    pub(super) norm: RmsNorm,
+    pub(super) norm: Norm,
     /// The embedding's own table where the two are tied.
     pub(super) lm_head: Arc<Linear>,
-    pub(super) rotary: Rotary,
+    pub(super) rotary: Option<Rotary>,
     pub(super) tied: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct DecoderLayer {
-    pub attention_norm: RmsNorm,
+    pub attention_norm: Norm,
     pub attention: Attention,
-    pub ffn_norm: RmsNorm,
+    pub ffn_norm: Norm,
     pub ffn: Ffn,
 }
 
 #[derive(Debug)]
 pub(super) enum Ffn {
-    Dense(Swiglu),
+    Dense(FeedForward),
     Moe(MoeLayer),
 }
 
@@ -41,8 +43,8 @@ pub(super) struct Attention {
     pub k: Linear,
     pub v: Linear,
     pub o: Linear,
-    pub q_norm: Option<RmsNorm>,
-    pub k_norm: Option<RmsNorm>,
+    pub q_norm: Option<Norm>,
+    pub k_norm: Option<Norm>,
     /// q, k and v are clamped to ± this (OLMoE).
     pub clip: Option<f64>,
     pub window: Option<usize>,
@@ -73,6 +75,9 @@ impl CausalLm {
     /// A failure of the device, or a router that breaks an invariant.
     pub fn forward(&self, step: &StepInput<'_>, kv: &mut KvCache, routes: &mut RouteCtx<'_>) -> Result<Option<Tensor>> {
         let mut x = self.embedding.forward(step.tokens)?;
+        if let Some(positions) = &self.positions {
+            x = (x + positions.forward(step.layout.positions())?)?;
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             x = timed(Part::Attention, i, || {
                 let normed = layer.attention_norm.forward(&x)?;
@@ -109,7 +114,9 @@ impl CausalLm {
         if let Some(clip) = a.clip {
             (q, k, v) = (q.clamp(-clip, clip)?, k.clamp(-clip, clip)?, v.clamp(-clip, clip)?);
         }
-        let (q, k) = (self.rotary.forward(&q, layout)?, self.rotary.forward(&k, layout)?);
+        if let Some(rotary) = &self.rotary {
+            (q, k) = (rotary.forward(&q, layout)?, rotary.forward(&k, layout)?);
+        }
         a.o.forward(&ops::attention(&q, &k, &v, layer, a.window, kv, layout)?)
     }
 
@@ -117,7 +124,8 @@ impl CausalLm {
     pub fn bytes(&self) -> usize {
         let head = if self.tied { 0 } else { self.lm_head.bytes() };
         let layers: usize = self.layers.iter().map(DecoderLayer::bytes).sum();
-        self.embedding.bytes() + head + layers + self.norm.bytes()
+        let positions = self.positions.as_ref().map_or(0, Embedding::bytes);
+        self.embedding.bytes() + positions + head + layers + self.norm.bytes()
     }
 
     /// Bytes of one routed expert's weights.
@@ -134,7 +142,7 @@ impl DecoderLayer {
     fn bytes(&self) -> usize {
         let a = &self.attention;
         let norms = [Some(&self.attention_norm), Some(&self.ffn_norm), a.q_norm.as_ref(), a.k_norm.as_ref()];
-        let norms: usize = norms.into_iter().flatten().map(RmsNorm::bytes).sum();
+        let norms: usize = norms.into_iter().flatten().map(Norm::bytes).sum();
         let ffn = match &self.ffn {
             Ffn::Dense(net) => net.bytes(),
             Ffn::Moe(moe) => moe.bytes(),

@@ -1,7 +1,7 @@
 //! Mixtral (`MixtralForCausalLM`): every layer a mixture, top-k0 renormalised (Jiang et al., arXiv 2401.04088).
 
 use super::config::{Base, Config, experts, width};
-use super::loader::{AttentionPlan, Loader, SwigluNames};
+use super::loader::{AttentionPlan, FfnNames, FfnPlan, Loader};
 use super::{CausalLm, Family, LoadError};
 use crate::types::{FfnShape, LayerShape, MoeShape};
 
@@ -9,7 +9,7 @@ pub(super) const FAMILY: Family =
     Family { model_type: "mixtral", summary: "Mixtral-8x7B, Mixtral-8x22B and their like", build };
 
 /// Gate, up and down as Mixtral calls them.
-const NAMES: SwigluNames = ["w1", "w3", "w2"];
+const NAMES: FfnNames = ["w1", "w3", "w2"];
 
 fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadError> {
     let base = Base::read(config, false)?;
@@ -21,8 +21,9 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
         shared_width: None,
         renormalise: true,
         layers: 0,
+        router: None,
     };
     let sliding_window = config.opt_int("sliding_window", 1..=usize::MAX)?;
     let layers = vec![LayerShape { sliding_window, ffn: FfnShape::Moe }; base.layers];
-    loader.decoder(&base, base.shape(layers, moe), ("block_sparse_moe", NAMES), AttentionPlan::default())
+    loader.decoder(&base, base.shape(layers, moe), FfnPlan::new("block_sparse_moe", NAMES), AttentionPlan::default())
 }

@@ -9,6 +9,7 @@ pub mod hub;
 mod load;
 mod loader;
 mod mixtral;
+mod moe_lm;
 mod olmoe;
 mod qwen2_moe;
 mod qwen3_moe;
@@ -34,4 +35,5 @@ pub struct Family {
 }
 
 /// Every family there is.
-pub static FAMILIES: &[Family] = &[mixtral::FAMILY, olmoe::FAMILY, qwen2_moe::FAMILY, qwen3_moe::FAMILY];
+pub static FAMILIES: &[Family] =
+    &[mixtral::FAMILY, olmoe::FAMILY, qwen2_moe::FAMILY, qwen3_moe::FAMILY, moe_lm::FAMILY];

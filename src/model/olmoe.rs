@@ -2,7 +2,7 @@
 //! projections, optional clipping of q, k and v (Muennighoff et al., arXiv 2409.02060).
 
 use super::config::{Base, Config, experts, width};
-use super::loader::{AttentionPlan, Loader, PROJ, QkNorm};
+use super::loader::{AttentionPlan, FfnPlan, Loader, PROJ, QkNorm};
 use super::{CausalLm, Family, LoadError};
 use crate::types::{FfnShape, LayerShape, MoeShape};
 
@@ -18,10 +18,11 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
         shared_width: None,
         renormalise: config.bool("norm_topk_prob")?,
         layers: 0,
+        router: None,
     };
     let bias = config.opt_bool("attention_bias")?.unwrap_or(false);
     let clip = config.opt_positive("clip_qkv")?;
     let plan = AttentionPlan { qkv_bias: bias, o_bias: bias, qk_norm: QkNorm::Full, clip };
     let layers = vec![LayerShape { sliding_window: None, ffn: FfnShape::Moe }; base.layers];
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
+    loader.decoder(&base, base.shape(layers, moe), FfnPlan::new("mlp", PROJ), plan)
 }

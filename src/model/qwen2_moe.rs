@@ -2,7 +2,7 @@
 //! ones, whose weights are raw probabilities (Qwen team, arXiv 2407.10671).
 
 use super::config::{Base, Config, experts, width};
-use super::loader::{AttentionPlan, Loader, PROJ};
+use super::loader::{AttentionPlan, FfnPlan, Loader, PROJ};
 use super::qwen3_moe::ffn_layers;
 use super::{CausalLm, Family, LoadError};
 use crate::types::{LayerShape, MoeShape};
@@ -21,6 +21,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
         shared_width: Some(width(config, "shared_expert_intermediate_size")?),
         renormalise: config.bool("norm_topk_prob")?,
         layers: 0,
+        router: None,
     };
     let ffns = ffn_layers(config, base.layers)?;
     let windows = windows(config, base.layers)?;
@@ -29,7 +30,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     let layers =
         ffns.into_iter().zip(windows).map(|(ffn, sliding_window)| LayerShape { sliding_window, ffn }).collect();
     let plan = AttentionPlan { qkv_bias, ..Default::default() };
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
+    loader.decoder(&base, base.shape(layers, moe), FfnPlan::new("mlp", PROJ), plan)
 }
 
 /// The window of every layer: as `layer_types` says, or by transformers' rule for files without it, where of the

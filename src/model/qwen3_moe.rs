@@ -1,7 +1,7 @@
 //! Qwen3-MoE (`Qwen3MoeForCausalLM`): QK-norm per head, some layers may be dense (Qwen team, arXiv 2505.09388).
 
 use super::config::{Base, Config, experts, width};
-use super::loader::{AttentionPlan, Loader, PROJ, QkNorm};
+use super::loader::{AttentionPlan, FfnPlan, Loader, PROJ, QkNorm};
 use super::{CausalLm, Family, LoadError};
 use crate::types::{FfnShape, LayerShape, MoeShape};
 use serde_json::Value;
@@ -19,6 +19,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
         shared_width: None,
         renormalise: config.bool("norm_topk_prob")?,
         layers: 0,
+        router: None,
     };
     let ffns = ffn_layers(config, base.layers)?;
     let bias = config.opt_bool("attention_bias")?.unwrap_or(false);
@@ -28,7 +29,7 @@ fn build(config: &mut Config, loader: &mut Loader<'_>) -> Result<CausalLm, LoadE
     config.get("max_window_layers");
     let layers = ffns.into_iter().map(|ffn| LayerShape { sliding_window: window, ffn }).collect();
     let plan = AttentionPlan { qkv_bias: bias, o_bias: bias, qk_norm: QkNorm::PerHead, ..Default::default() };
-    loader.decoder(&base, base.shape(layers, moe), ("mlp", PROJ), plan)
+    loader.decoder(&base, base.shape(layers, moe), FfnPlan::new("mlp", PROJ), plan)
 }
 
 /// Layer i is a mixture iff it is not listed in `mlp_only_layers` and i + 1 is a multiple of

@@ -2,11 +2,12 @@
 //!
 //! A multiply-add is 2 FLOPs. Two scopes, always named: `experts` (the routed experts' FFNs only) and
 //! `forward` (every matrix product: attention projections and scores at the true context length, gates, routed
-//! and shared experts, dense FFNs, LM head on the rows it ran on). Norms, activations and softmax are left
-//! out of both. A saving is `1 − ran / native`: below zero when the router cost more.
+//! and shared experts, dense FFNs, LM head on the rows it ran on). Norms, activations, biases and softmax are left
+//! out of both. A saving is `1 − ran / native`: below zero when the router cost more. Native is static top-k0, also for
+//! a checkpoint whose own rule is another one ([`crate::types::MoeShape::router`]).
 
 use super::StepTrace;
-use crate::types::{FfnShape, Flops, ModelShape, Work};
+use crate::types::{Activation, FfnShape, Flops, ModelShape, Work};
 
 /// The price list of one model.
 #[derive(Clone, Debug)]
@@ -33,13 +34,14 @@ impl CostModel {
         let kv_width = (attention.kv_heads * attention.head_dim) as u64;
         let projections = 2 * d * (q_width + 2 * kv_width) + 2 * q_width * d;
         let moe = &shape.moe;
-        let shared = moe.shared_width.map_or(0, |width| swiglu_flops(shape.hidden, width) + 2 * d);
+        let ffn = |width: usize| ffn_flops(shape.hidden, width, shape.activation);
+        let shared = moe.shared_width.map_or(0, |width| ffn(width) + 2 * d);
         let moe_fixed = 2 * d * moe.experts as u64 + shared;
         let mut fixed_flops = 0;
         for layer in &shape.layers {
             fixed_flops += projections;
             fixed_flops += match layer.ffn {
-                FfnShape::Dense { width } => swiglu_flops(shape.hidden, width),
+                FfnShape::Dense { width } => ffn(width),
                 FfnShape::Moe => moe_fixed,
             };
         }
@@ -49,7 +51,7 @@ impl CostModel {
             windows: shape.layers.iter().filter_map(|l| l.sliding_window).map(|w| w as u64).collect(),
             // One dot product for the score and one scaled add for the value, per query head.
             score_flops: 4 * q_width,
-            expert_flops: swiglu_flops(shape.hidden, moe.expert_width),
+            expert_flops: ffn(moe.expert_width),
             lm_head_flops: 2 * d * shape.vocab as u64,
             native_rows: (moe.layers * moe.top_k) as u64,
             moe_layers: moe.layers as u64,
@@ -83,9 +85,9 @@ impl ExpertReads {
     }
 }
 
-/// Three D×F products.
-fn swiglu_flops(hidden: usize, width: usize) -> u64 {
-    6 * hidden as u64 * width as u64
+/// Two D×F products, three with a gate.
+fn ffn_flops(hidden: usize, width: usize, activation: Activation) -> u64 {
+    (if activation.gated() { 6 } else { 4 }) * hidden as u64 * width as u64
 }
 
 #[cfg(test)]
@@ -104,6 +106,7 @@ mod tests {
                 LayerShape { sliding_window: Some(3), ffn: FfnShape::Dense { width: 7 } },
                 LayerShape { sliding_window: None, ffn: FfnShape::Moe },
             ],
+            activation: Activation::Swiglu,
             moe: MoeShape {
                 experts: 5,
                 top_k: 2,
@@ -111,6 +114,7 @@ mod tests {
                 shared_width: Some(8),
                 renormalise: true,
                 layers: 1,
+                router: None,
             },
             parameters: 0,
         }
@@ -132,6 +136,25 @@ mod tests {
         assert_eq!(work.experts, Flops { ran: expert, native: 2 * expert });
         assert_eq!(work.forward, Flops { ran: other + expert, native: other + 2 * expert });
         assert_eq!(work.experts.saved(), 0.5);
+    }
+
+    #[test]
+    fn nets_without_a_gate_have_two_products_of_three() {
+        let gated = CostModel::new(&tiny()).token(1, 2, false);
+        let plain = CostModel::new(&ModelShape { activation: Activation::Gelu, ..tiny() }).token(1, 2, false);
+        assert_eq!(3 * plain.experts.ran, 2 * gated.experts.ran);
+        // One product less in the dense layer, the shared expert and two experts.
+        assert_eq!(gated.forward.ran - plain.forward.ran, 2 * 4 * (7 + 8 + 2 * 6));
+    }
+
+    #[test]
+    fn a_model_without_mixtures_runs_no_expert_and_saves_nothing() {
+        let dense = LayerShape { sliding_window: None, ffn: FfnShape::Dense { width: 7 } };
+        let moe = MoeShape { experts: 1, top_k: 1, shared_width: None, layers: 0, ..tiny().moe };
+        let work = CostModel::new(&ModelShape { layers: vec![dense; 2], moe, ..tiny() }).token(3, 0, true);
+        assert_eq!((work.moe_visits, work.experts), (0, Flops::default()));
+        assert_eq!(work.forward.ran, work.forward.native);
+        assert_eq!((work.experts_per_token(), work.experts.saved(), work.forward.saved()), (0.0, 0.0, 0.0));
     }
 
     #[test]

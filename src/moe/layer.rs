@@ -2,7 +2,7 @@
 
 use super::RouteCtx;
 use crate::ops::profile::{Part, timed};
-use crate::ops::{self, Experts, Linear, Swiglu};
+use crate::ops::{self, Experts, FeedForward, Linear};
 use candle_core::{Result, Tensor};
 
 /// A mixture of experts.
@@ -19,7 +19,7 @@ pub struct MoeLayer {
 /// An expert that every token passes, scaled by a sigmoid gate of its own (Qwen2-MoE).
 #[derive(Debug)]
 pub struct SharedExpert {
-    pub net: Swiglu,
+    pub net: FeedForward,
     /// `[1, D]`
     pub gate: Linear,
 }

@@ -63,17 +63,17 @@ impl Linear {
     }
 }
 
-/// Token embeddings: rows of a matrix, which with tied embeddings is the LM head's.
+/// Embeddings of tokens, rows of a matrix that with tied embeddings is the LM head's, or of learned positions.
 #[derive(Debug)]
 pub struct Embedding {
     table: Arc<Linear>,
-    vocab: usize,
+    rows: usize,
 }
 
 impl Embedding {
-    /// The rows of `table`, which is `[vocab, D]`.
-    pub fn new(table: Arc<Linear>, vocab: usize) -> Self {
-        Self { table, vocab }
+    /// The rows of `table`, which is `[rows, D]`.
+    pub fn new(table: Arc<Linear>, rows: usize) -> Self {
+        Self { table, rows }
     }
 
     /// Bytes the table takes.
@@ -84,10 +84,10 @@ impl Embedding {
     /// `ids [T] → [T, D]`.
     ///
     /// # Errors
-    /// An id outside the vocabulary.
+    /// An id without a row.
     pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab) {
-            candle_core::bail!("token id {id} is outside the vocabulary of {}", self.vocab);
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
+            candle_core::bail!("{id} was looked up in a table of {} embeddings", self.rows);
         }
         match &self.table.weight {
             Weight::Cpu(w) => cpu::embed(ids, w),

@@ -23,11 +23,11 @@ mod rotary;
 mod testing;
 
 pub use backend::{Backend, BackendError};
-pub use experts::{Experts, ExpertsBuilder, Swiglu};
+pub use experts::{Experts, ExpertsBuilder, FeedForward, HostFfn, HostLinear};
 pub use host::HostTensor;
 pub use kv::{KvCache, KvShape, Segment, StepLayout, attention};
 pub use linear::{Embedding, Linear};
-pub use norm::RmsNorm;
+pub use norm::Norm;
 pub use rotary::Rotary;
 
 use candle_core::{DType, Result, Tensor};

@@ -1,53 +1,82 @@
-//! RMS norm.
+//! RMS norm and layer norm.
 
 use super::{Backend, HostTensor, cpu};
 use candle_core::{DType, Result, Tensor};
 
-/// `x / sqrt(mean(x²) + eps) ⊙ w` over groups of `w`'s width: whole rows, or single heads.
+/// `(x − m) / sqrt(mean((x − m)²) + eps) ⊙ w + b` over groups of `w`'s width: whole rows, or single heads.
+///
+/// In a layer norm (Ba et al., arXiv 1607.06450) m is the mean of x; in an RMS norm (Zhang & Sennrich, arXiv
+/// 1910.07467) m and b are 0.
 #[derive(Debug)]
-pub struct RmsNorm {
-    weight: Weight,
+pub struct Norm {
+    parameters: Parameters,
     eps: f32,
 }
 
 #[derive(Debug)]
-enum Weight {
-    Cpu(Vec<f32>),
+enum Parameters {
+    Cpu {
+        weight: Vec<f32>,
+        /// A layer norm's.
+        bias: Option<Vec<f32>>,
+    },
     #[cfg(feature = "cuda")]
-    Cuda(Tensor),
+    Cuda { weight: Tensor, bias: Option<Tensor> },
 }
 
-impl RmsNorm {
-    /// `weight` is `[W]`; rows must be a multiple of W wide.
-    pub fn new(weight: &HostTensor, eps: f64, backend: &Backend) -> Result<Self> {
+impl Norm {
+    /// An RMS norm: `weight` is `[W]`; rows must be a multiple of W wide.
+    pub fn rms(weight: &HostTensor, eps: f64, backend: &Backend) -> Result<Self> {
+        Self::new(weight, None, eps, backend)
+    }
+
+    /// A layer norm: `weight` and `bias` are `[W]`; rows must be a multiple of W wide.
+    pub fn layer(weight: &HostTensor, bias: &HostTensor, eps: f64, backend: &Backend) -> Result<Self> {
+        Self::new(weight, Some(bias), eps, backend)
+    }
+
+    fn new(weight: &HostTensor, bias: Option<&HostTensor>, eps: f64, backend: &Backend) -> Result<Self> {
         let eps = eps as f32;
         #[cfg(feature = "cuda")]
         if backend.device.is_cuda() {
-            return Ok(Self { weight: Weight::Cuda(weight.to_tensor(backend.dtype(), &backend.device)?), eps });
+            let on_device = |t: &HostTensor| t.to_tensor(backend.dtype(), &backend.device);
+            let parameters = Parameters::Cuda { weight: on_device(weight)?, bias: bias.map(on_device).transpose()? };
+            return Ok(Self { parameters, eps });
         }
         debug_assert!(backend.device.is_cpu());
-        Ok(Self { weight: Weight::Cpu(weight.to_f32()), eps })
+        let parameters = Parameters::Cpu { weight: weight.to_f32(), bias: bias.map(HostTensor::to_f32) };
+        Ok(Self { parameters, eps })
     }
 
     /// `x [T, n·W] → [T, n·W]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.weight {
-            Weight::Cpu(w) => {
+        match &self.parameters {
+            Parameters::Cpu { weight, bias } => {
                 let mut y = cpu::host_f32(x)?;
-                cpu::rms_norm(&mut y, w, self.eps);
+                match bias {
+                    None => cpu::rms_norm(&mut y, weight, self.eps),
+                    Some(bias) => cpu::layer_norm(&mut y, weight, bias, self.eps),
+                }
                 Tensor::from_vec(y, x.shape(), x.device())
             }
             #[cfg(feature = "cuda")]
-            Weight::Cuda(w) => super::cuda::rms_norm(x, w, self.eps),
+            Parameters::Cuda { weight, bias: None } => super::cuda::rms_norm(x, weight, self.eps),
+            #[cfg(feature = "cuda")]
+            Parameters::Cuda { weight, bias: Some(bias) } => super::cuda::layer_norm(x, weight, bias, self.eps),
         }
     }
 
-    /// Bytes the weight takes, in the dtype it is kept in.
+    /// Bytes the parameters take, in the dtype they are kept in.
     pub fn bytes(&self) -> usize {
-        match &self.weight {
-            Weight::Cpu(w) => w.len() * DType::F32.size_in_bytes(),
+        match &self.parameters {
+            Parameters::Cpu { weight, bias } => {
+                (weight.len() + bias.as_ref().map_or(0, Vec::len)) * DType::F32.size_in_bytes()
+            }
             #[cfg(feature = "cuda")]
-            Weight::Cuda(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            Parameters::Cuda { weight, bias } => {
+                let elements = weight.elem_count() + bias.as_ref().map_or(0, Tensor::elem_count);
+                elements * weight.dtype().size_in_bytes()
+            }
         }
     }
 }

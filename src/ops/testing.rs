@@ -1,10 +1,11 @@
 //! What the tests of both backends are made with.
 
 use super::{
-    Backend, Experts, ExpertsBuilder, HostTensor, KvCache, KvShape, Segment, StepLayout, attention, reference, to_host,
+    Backend, Experts, ExpertsBuilder, HostFfn, HostLinear, HostTensor, KvCache, KvShape, Segment, StepLayout,
+    attention, reference, to_host,
 };
 use crate::moe::{Routing, RoutingBuilder};
-use crate::types::BlockId;
+use crate::types::{Activation, BlockId};
 use candle_core::DType;
 
 /// Reproducible numbers in ±1.
@@ -47,21 +48,45 @@ pub(super) fn routed(masks: &[u8], experts: usize) -> Routing {
     builder.finish(masks.len()).unwrap()
 }
 
-/// `e` experts, packed and plain.
+/// What a net can be.
+pub(super) const ACTIVATIONS: [Activation; 4] =
+    [Activation::Swiglu, Activation::Gelu, Activation::Relu, Activation::Silu];
+
+/// A net of widths (D, F) and of an activation, with or without biases, as a checkpoint has it and plain.
+pub(super) fn net_of(
+    seed: u64,
+    (d, f): (usize, usize),
+    (activation, bias): (Activation, bool),
+) -> (HostFfn, reference::Ffn) {
+    let linear = |seed: u64, rows: usize, columns: usize| HostLinear {
+        weight: weights(seed, rows, columns),
+        bias: bias.then(|| HostTensor::from_f32(&[rows], &exact(seed + 500, rows))),
+    };
+    let plain = |linear: &HostLinear| reference::Projection {
+        weight: linear.weight.to_f32(),
+        bias: linear.bias.as_ref().map(HostTensor::to_f32),
+    };
+    let gate = activation.gated().then(|| linear(seed, f, d));
+    let net = HostFfn { gate, up: linear(seed + 1, f, d), down: linear(seed + 2, d, f) };
+    let gate = net.gate.as_ref().map(plain);
+    let plain = reference::Ffn { activation, gate, up: plain(&net.up), down: plain(&net.down) };
+    (net, plain)
+}
+
+/// `e` experts as [`net_of`] makes them, packed and plain.
 pub(super) fn experts_of(
     seed: u64,
     e: usize,
-    d: usize,
-    f: usize,
+    widths: (usize, usize),
+    kind: (Activation, bool),
     backend: &Backend,
-) -> (Experts, Vec<reference::ExpertWeights>) {
-    let mut builder = ExpertsBuilder::new(e, backend);
+) -> (Experts, Vec<reference::Ffn>) {
+    let mut builder = ExpertsBuilder::new(e, kind.0, backend);
     let mut plain = Vec::new();
     for i in 0..e as u64 {
-        let (gate, up, down) =
-            (weights(seed + 3 * i, f, d), weights(seed + 3 * i + 1, f, d), weights(seed + 3 * i + 2, d, f));
-        builder.push(&gate, &up, &down).unwrap();
-        plain.push((gate.to_f32(), up.to_f32(), down.to_f32()));
+        let (net, net_plain) = net_of(seed + 3 * i, widths, kind);
+        builder.push(&net).unwrap();
+        plain.push(net_plain);
     }
     (builder.finish().unwrap(), plain)
 }

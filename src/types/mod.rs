@@ -13,7 +13,7 @@ pub use request::{
     Usage,
 };
 pub use router_spec::{RouterSpec, SpecError};
-pub use shape::{AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
+pub use shape::{Activation, AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
 pub use work::{Flops, Work};
 
 /// Bytes as hexadecimal digits: how sums are written.

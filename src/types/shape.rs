@@ -1,6 +1,8 @@
 //! What a loaded model looks like, in integers: enough to count its FLOPs, size its KV cache and
 //! check a router against it, without touching a tensor.
 
+use super::RouterSpec;
+
 /// Sizes of one model. Everything that cost and scheduling need, nothing else.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
@@ -11,6 +13,8 @@ pub struct ModelShape {
     pub max_positions: usize,
     pub attention: AttentionShape,
     pub layers: Vec<LayerShape>,
+    /// Of every feed-forward net, experts included.
+    pub activation: Activation,
     /// Shared by every MoE layer of the model.
     pub moe: MoeShape,
     /// All parameters of the checkpoint.
@@ -36,18 +40,39 @@ pub struct LayerShape {
 /// The feed-forward part of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FfnShape {
-    /// One SwiGLU of this width.
+    /// One net of this width.
     Dense { width: usize },
     /// A mixture; its sizes are in [`ModelShape::moe`].
     Moe,
 }
 
-/// Sizes of the mixtures of one model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What stands between the projections of a feed-forward net.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// `down(silu(gate(x)) ⊙ up(x))` (Shazeer, arXiv 2002.05202); all others are `down(act(up(x)))`.
+    #[default]
+    Swiglu,
+    /// The approximation by tanh that GPT-2 has (Hendrycks & Gimpel, arXiv 1606.08415).
+    Gelu,
+    Relu,
+    /// `x · sigmoid(x)`.
+    Silu,
+}
+
+impl Activation {
+    /// Whether there is a gate projection beside up and down.
+    pub fn gated(self) -> bool {
+        self == Self::Swiglu
+    }
+}
+
+/// Sizes of the mixtures of one model, and how the checkpoint itself routes.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MoeShape {
     /// E, experts per MoE layer.
     pub experts: usize,
-    /// k0, the checkpoint's own number of experts per token.
+    /// k0, the checkpoint's own number of experts per token, against which savings are counted; the most there are,
+    /// where its own number varies.
     pub top_k: usize,
     /// F, the width of one expert.
     pub expert_width: usize,
@@ -57,4 +82,6 @@ pub struct MoeShape {
     pub renormalise: bool,
     /// Number of layers that are mixtures.
     pub layers: usize,
+    /// The rule that the checkpoint was trained with, where it is not static top-k0. It takes at most k0 experts.
+    pub router: Option<RouterSpec>,
 }

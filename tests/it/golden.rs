@@ -1,4 +1,5 @@
-//! Families against Hugging Face transformers: logits and greedy continuations made by `tests/golden/make.py`.
+//! Families against Hugging Face transformers, the in-repo one against a plain model of its own: logits and greedy
+//! continuations made by `tests/golden/make.py` and `tests/golden/moe_lm.py`.
 
 use crate::support::{Runner, argmax, repo, try_load, try_load_on};
 use moe_serve::model::{FAMILIES, LoadError};
@@ -44,7 +45,7 @@ fn goldens() -> Vec<Golden> {
         .filter(|p| p.join("config.json").is_file())
         .collect();
     dirs.sort();
-    assert!(dirs.len() >= 12, "goldens are missing: {dirs:?}");
+    assert!(dirs.len() >= 16, "goldens are missing: {dirs:?}");
     dirs.iter().map(|d| read(d)).collect()
 }
 

@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// One small checkpoint of each family.
-const ONE_EACH: [&str; 4] = ["mixtral_gqa", "olmoe_mha", "qwen2_shared", "qwen3_gqa"];
+const ONE_EACH: [&str; 5] = ["mixtral_gqa", "olmoe_mha", "qwen2_shared", "qwen3_gqa", "moe_lm_gpt"];
 const GATE: &str = "model.layers.1.block_sparse_moe.gate.weight";
 
 fn mixtral() -> Checkpoint {
@@ -172,7 +172,7 @@ fn tensors_of_integers_are_refused_by_name() {
 fn a_missing_or_unknown_model_type_is_answered_with_the_list() {
     for other in ["llama", "Mixtral", ""] {
         let error = mixtral().with("model_type", json!(other)).refusal();
-        assert_says(&error, &[&format!("`{other}`"), "mixtral, olmoe, qwen2_moe, qwen3_moe"]);
+        assert_says(&error, &[&format!("`{other}`"), "mixtral, olmoe, qwen2_moe, qwen3_moe, moe_lm"]);
     }
     assert_says(&mixtral().without("model_type").refusal(), &["config.json", "`model_type`", "missing"]);
     assert_says(&mixtral().with("model_type", json!(["mixtral"])).refusal(), &["`model_type`", "string"]);
@@ -199,6 +199,7 @@ fn every_required_field_is_named_when_it_is_missing() {
         &[&qwen[..], &["shared_expert_intermediate_size"]].concat(),
         &qwen,
     ];
+    // What `moe_lm` needs is another list; see moe_lm.rs.
     for (golden, own) in ONE_EACH.into_iter().zip(own) {
         for field in common.iter().chain(own) {
             let whole = Checkpoint::golden(golden);
@@ -282,7 +283,7 @@ fn any_value_in_any_field_is_loaded_and_run_or_refused() {
         json!({"rope_type": "yarn", "factor": 1e-300}),
         json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e300, "rope_theta": 1}),
     ];
-    for golden in ["mixtral_window", "olmoe_clip", "qwen2_layers", "qwen3_sparse"] {
+    for golden in ["mixtral_window", "olmoe_clip", "qwen2_layers", "qwen3_sparse", "moe_lm_llama", "moe_lm_relu"] {
         let whole = Checkpoint::golden(golden);
         let dir = whole.write();
         for field in whole.config.keys() {
@@ -506,7 +507,7 @@ proptest! {
     }
 
     #[test]
-    fn flipped_bytes_in_a_config_never_panic(flips in flips(), family in 0..4_usize) {
+    fn flipped_bytes_in_a_config_never_panic(flips in flips(), family in 0..ONE_EACH.len()) {
         let whole = Checkpoint::golden(ONE_EACH[family]);
         let dir = whole.write();
         let mut bytes = whole.config_json();

@@ -24,6 +24,7 @@ mod hub_datasets;
 mod loading;
 mod memory;
 mod mock_hub;
+mod moe_lm;
 #[cfg(feature = "otel")]
 mod otel;
 mod pages;

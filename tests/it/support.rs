@@ -119,7 +119,7 @@ impl<'a> Runner<'a> {
         let layout = StepLayout::new(segments, &self.kv, self.model.backend()).unwrap();
         let rows: Vec<u32> = (0..tokens.token_t.len() as u32).collect();
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &rows };
-        let mut routes = RouteCtx::new(self.model.shape().moe, &self.policies, &tokens);
+        let mut routes = RouteCtx::new(&self.model.shape().moe, &self.policies, &tokens);
         let hidden = self.model.forward(&input, &mut self.kv, &mut routes).unwrap().unwrap();
         let logits = self.model.logits(&hidden, 0, rows.len()).unwrap();
         self.last_trace = routes.into_trace();

@@ -141,7 +141,7 @@ pub fn subtask_bars(task: &TaskView<'_>) -> Vec<(String, usize, String)> {
 /// How often each number of experts was used, per arm; none where no arm knows.
 pub fn experts_per_token(task: &TaskView<'_>) -> Option<String> {
     let rows = task.rows.iter().filter_map(|row| {
-        let histogram = &row.result.routing.as_ref()?.k_histogram;
+        let histogram = Some(&row.result.routing.as_ref()?.k_histogram).filter(|h| !h.is_empty())?;
         let all = histogram.iter().map(|n| *n as f64).sum::<f64>().max(1.0);
         let shares = histogram.iter().map(|n| *n as f64 / all).collect();
         Some(ColumnsRow { name: row.name.clone(), shares, mark: row.mark })

@@ -39,7 +39,7 @@ const TERMS: [(&str, &str); 9] = [
     ),
     (
         "saved",
-        "1 − ran / native, where native is what the checkpoint's own router would have run on the same \
+        "1 − ran / native, where native is what the checkpoint's own number of experts would have run on the same \
          tokens. Below zero it is a cost.",
     ),
     (

@@ -27,7 +27,8 @@ pub struct StepTrace {
     pub expert_tokens: Vec<u64>,
     /// (layer, expert) pairs whose weights were read.
     pub unique_experts: u64,
-    /// The same, had the tokens been routed natively.
+    /// The same, had every token been given its k0 most probable experts: native routing, but for checkpoints with a
+    /// rule of their own ([`MoeShape::router`]), whose savings are counted against static top-k0 all the same.
     pub unique_experts_native: u64,
     /// Mean over the tokens of H(p) / log E per layer, `[layers]`.
     pub entropy_l: Vec<f64>,
@@ -35,7 +36,7 @@ pub struct StepTrace {
 
 /// Routing state of one step: made before the forward pass, read after it.
 pub struct RouteCtx<'a> {
-    shape: MoeShape,
+    shape: &'a MoeShape,
     policies: &'a [Arc<Policy>],
     step: &'a StepTokens,
     /// Rows of each policy, `[policies]`.
@@ -46,7 +47,7 @@ pub struct RouteCtx<'a> {
 
 impl<'a> RouteCtx<'a> {
     /// `policy_t` of `step` indexes `policies`.
-    pub fn new(shape: MoeShape, policies: &'a [Arc<Policy>], step: &'a StepTokens) -> Self {
+    pub fn new(shape: &'a MoeShape, policies: &'a [Arc<Policy>], step: &'a StepTokens) -> Self {
         let mut rows_p = vec![Vec::new(); policies.len()];
         for (row, &policy) in step.policy_t.iter().enumerate() {
             rows_p[policy as usize].push(row as u32);
@@ -73,7 +74,7 @@ impl<'a> RouteCtx<'a> {
         for (policy, rows) in self.policies.iter().zip(&self.rows_p) {
             if !rows.is_empty() {
                 let (table, step) = (&self.table, self.step);
-                policy.route(&GateView { layer, shape: &self.shape, table, step, rows }, &mut builder);
+                policy.route(&GateView { layer, shape: self.shape, table, step, rows }, &mut builder);
             }
         }
         let routing = builder.finish(tokens)?;

@@ -85,9 +85,10 @@ impl Router for DynK {
     fn describe(&self, shape: &MoeShape) -> String {
         let whose = match self.mass {
             Mass::Native => format!("the top-{} weight", shape.top_k),
-            Mass::Full => {
+            Mass::Full if shape.top_k < shape.experts => {
                 format!("the probability of all {} experts (can exceed the own k = {})", shape.experts, shape.top_k)
             }
+            Mass::Full => format!("the probability of all {} experts", shape.experts),
         };
         format!("k in {}..={}, share {} of {whose}", self.k.start(), self.k.end(), self.tau)
     }

@@ -43,7 +43,7 @@ impl Router for Layers {
     }
 
     fn describe(&self, shape: &MoeShape) -> String {
-        let mean = self.k_l.iter().sum::<usize>() as f64 / self.k_l.len() as f64;
+        let mean = self.k_l.iter().sum::<usize>() as f64 / self.k_l.len().max(1) as f64;
         format!("a fixed k per layer, {mean:.2} on average (the checkpoint's own: {})", shape.top_k)
     }
 }

@@ -4,7 +4,8 @@
 //! the [`Weights`] rule's business, so that every router works with every rule. A [`Policy`] is the two
 //! together, checked against a model. [`RouteCtx`] applies the policies of one step.
 //!
-//! Legend: T tokens in the step, E experts, k0 the checkpoint's own experts per token, p(1) ≥ p(2) ≥ … the
+//! Legend: T tokens in the step, E experts, k0 the checkpoint's own experts per token (all E for a checkpoint whose own
+//! rule is without bounds, so that `mass=native` and `mass=full` are the same for it), p(1) ≥ p(2) ≥ … the
 //! softmax over all E gate logits, sorted.
 
 mod args;
@@ -142,7 +143,7 @@ impl Policy {
         let weights = args.option_of("weights", Weights::NAMES)?.unwrap_or_default();
         let router = (entry.parse)(&mut args, shape)?;
         args.finish()?;
-        Ok(Self { spec: spec.clone(), router, weights, shape: *shape })
+        Ok(Self { spec: spec.clone(), router, weights, shape: shape.clone() })
     }
 
     /// The specification it was built from.
@@ -162,6 +163,9 @@ impl Policy {
 
     /// What the policy means for its model, in words.
     pub fn describe(&self) -> String {
+        if self.shape.layers == 0 {
+            return "the model has no mixtures: nothing is routed, whatever k".into();
+        }
         let rule = self.router.describe(&self.shape);
         let weights = match (self.weights, self.shape.renormalise) {
             (Weights::Renorm, _) | (Weights::Native, true) => "weights renormalised to sum 1",

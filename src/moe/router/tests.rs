@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use std::sync::Arc;
 
 fn shape(experts: usize, top_k: usize, renormalise: bool) -> MoeShape {
-    MoeShape { experts, top_k, expert_width: 8, shared_width: None, renormalise, layers: 3 }
+    MoeShape { experts, top_k, expert_width: 8, shared_width: None, renormalise, layers: 3, router: None }
 }
 
 fn policy(spec: &str, shape: &MoeShape) -> Policy {
@@ -28,7 +28,7 @@ fn route_tokens(policies: &[Policy], policy_t: &[u16], shape: &MoeShape, logits_
         position_t: ids.iter().map(|id| id + 10).collect(),
         policy_t: policy_t.to_vec(),
     };
-    RouteCtx::new(*shape, &policies, &step).route(1, logits_te).unwrap()
+    RouteCtx::new(shape, &policies, &step).route(1, logits_te).unwrap()
 }
 
 fn route_all(spec: &str, shape: &MoeShape, logits_te: &[f32]) -> Routing {
@@ -189,11 +189,30 @@ fn uniform_depends_on_its_seed_and_uses_every_expert() {
 }
 
 #[test]
+fn native_is_a_checkpoints_own_rule_where_it_has_one() {
+    let p = [0.0625f32, 0.5, 0.125, 0.25, 0.0625];
+    let logits: Vec<f32> = p.iter().map(|p| p.ln()).collect();
+    let own = |spec: &str| MoeShape { router: Some(spec.parse().unwrap()), ..shape(5, 5, true) };
+    let trained = own("dynk:0.8,mass=full");
+    assert_eq!(route_all("native", &trained, &logits), route_all("dynk:0.8", &shape(5, 5, true), &logits));
+    assert_eq!(route_all("native", &trained, &logits).rows(), 3);
+    // How the outputs are weighed is still for the asking.
+    let kept = route_all("native,weights=keep", &trained, &logits);
+    assert!(chosen(&kept, 0).iter().all(|(e, weight)| (weight - p[*e]).abs() < 1e-6));
+    for spec in ["native", "dynk", "topk:6", "nothing:1", "topk:2,weights=renorm"] {
+        assert!(Policy::build(&RouterSpec::native(), &own(spec)).is_err(), "{spec}");
+    }
+    let within = MoeShape { top_k: 2, ..own("topk:3") };
+    let error = Policy::build(&RouterSpec::native(), &within).err().unwrap().to_string();
+    assert!(error.contains("topk:3") && error.contains("can take 3") && error.contains("is 2"), "{error}");
+}
+
+#[test]
 fn the_trace_counts_what_was_routed() {
     let shape = shape(4, 2, true);
     let policies = [Arc::new(policy("topk:1", &shape))];
     let step = StepTokens { token_t: vec![5, 6], position_t: vec![0, 1], policy_t: vec![0, 0] };
-    let mut ctx = RouteCtx::new(shape, &policies, &step);
+    let mut ctx = RouteCtx::new(&shape, &policies, &step);
     ctx.route(0, &[9.0, 1.0, 0.0, 0.0, 9.0, 0.0, 1.0, 0.0]).unwrap();
     ctx.route(1, &[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 30.0]).unwrap();
     let trace = ctx.into_trace();

@@ -10,9 +10,9 @@ mod norm;
 mod pack;
 
 pub(super) use attention::KvStore;
-pub(super) use experts::{PackedSwiglu, grouped_swiglu, swiglu};
+pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
-pub(super) use norm::{rms_norm, rotate};
+pub(super) use norm::{layer_norm, rms_norm, rotate};
 pub(super) use pack::PackedMatrix;
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};

@@ -1,4 +1,4 @@
-//! RMS norm and rotary embedding, in place.
+//! Norms and rotary embedding, in place.
 
 use super::isa::multiversion;
 
@@ -7,16 +7,34 @@ multiversion!(pub(crate) fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) = 
 #[inline(always)]
 fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32) {
     for row in x.chunks_exact_mut(weight.len()) {
-        let mut lanes = [0.0f32; 16];
-        let chunks = row.chunks_exact(16);
-        let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
-        for chunk in chunks {
-            lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v * v);
-        }
-        let mean = (lanes.iter().sum::<f32>() + rest) / row.len() as f32;
-        let scale = 1.0 / (mean + eps).sqrt();
+        let scale = 1.0 / (mean_of(row, |v| v * v) + eps).sqrt();
         row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
     }
+}
+
+multiversion!(pub(crate) fn layer_norm(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = layer_norm_body);
+
+#[inline(always)]
+fn layer_norm_body(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+    for row in x.chunks_exact_mut(weight.len()) {
+        let mean = mean_of(row, |v| v);
+        // The variance from what is left of the mean, not from sums of squares, which cancel.
+        row.iter_mut().for_each(|v| *v -= mean);
+        let scale = 1.0 / (mean_of(row, |v| v * v) + eps).sqrt();
+        row.iter_mut().zip(weight.iter().zip(bias)).for_each(|(v, (w, b))| *v = *v * scale * w + b);
+    }
+}
+
+/// The mean of `f` over a row, summed in 16 lanes: an order that depends on nothing but the row's width.
+#[inline(always)]
+fn mean_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let chunks = row.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|v| f(*v)).sum();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += f(*v));
+    }
+    (lanes.iter().sum::<f32>() + rest) / row.len() as f32
 }
 
 /// Rotates every head of `x [T, heads·hd]` by its token's position; tables are `[positions, hd/2]`.

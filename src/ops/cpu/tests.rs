@@ -1,10 +1,12 @@
 //! Every kernel against the reference, over ragged shapes.
 
 use super::*;
-use crate::ops::testing::{assert_close, check_copied_blocks, exact, experts_of, numbers, routed, weights};
-use crate::ops::{Backend, HostTensor, KvCache, KvShape, Linear, RmsNorm, Segment, StepLayout, Swiglu};
+use crate::ops::testing::{
+    ACTIVATIONS, assert_close, check_copied_blocks, exact, experts_of, net_of, numbers, routed, weights,
+};
+use crate::ops::{Backend, FeedForward, HostTensor, KvCache, KvShape, Linear, Norm, Segment, StepLayout};
 use crate::ops::{attention as attend, reference};
-use crate::types::BlockId;
+use crate::types::{Activation, BlockId};
 use candle_core::DType;
 use proptest::prelude::*;
 
@@ -15,6 +17,11 @@ fn tensor(values: Vec<f32>, rows: usize) -> Tensor {
 
 fn dtypes() -> impl Strategy<Value = DType> {
     prop_oneof![Just(DType::F32), Just(DType::BF16), Just(DType::F16)]
+}
+
+/// Activations, with and without biases.
+fn kinds() -> impl Strategy<Value = (Activation, bool)> {
+    (proptest::sample::select(ACTIVATIONS.to_vec()), any::<bool>())
 }
 
 proptest! {
@@ -61,13 +68,45 @@ proptest! {
 
     #[test]
     fn grouped_experts_agree_with_the_reference(
-        masks in proptest::collection::vec(1u8..32, 1..20), d in 1usize..70, f in 1usize..70, dtype in dtypes(), seed in 0u64..1000
+        masks in proptest::collection::vec(1u8..32, 1..20), d in 1usize..70, f in 1usize..70, kind in kinds(),
+        dtype in dtypes(), seed in 0u64..1000,
     ) {
-        let (experts, plain) = experts_of(seed, 5, d, f, &Backend::cpu(dtype));
+        let (experts, plain) = experts_of(seed, 5, (d, f), kind, &Backend::cpu(dtype));
         let x = exact(seed + 99, masks.len() * d);
         let routing = routed(&masks, 5);
         let y = experts.forward(&tensor(x.clone(), masks.len()), &routing).unwrap();
         assert_close(&host_f32(&y).unwrap(), &reference::experts(&x, &plain, &routing, d, f), 1e-5);
+    }
+
+    #[test]
+    fn one_net_for_all_agrees_with_the_reference_and_with_its_rows_alone(
+        t in 1usize..60, d in 1usize..70, f in 1usize..70, kind in kinds(), dtype in dtypes(), seed in 0u64..1000,
+    ) {
+        let (host, plain) = net_of(seed, (d, f), kind);
+        let net = FeedForward::new(&host, kind.0, &Backend::cpu(dtype)).unwrap();
+        let x = exact(seed + 99, t * d);
+        let y = host_f32(&net.forward(&tensor(x.clone(), t)).unwrap()).unwrap();
+        assert_close(&y, &reference::feed_forward(&x, &plain, d, f), 1e-5);
+        for row in [0, t / 2, t - 1].map(|row| row * d..(row + 1) * d) {
+            let alone = net.forward(&tensor(x[row.clone()].to_vec(), 1)).unwrap();
+            prop_assert_eq!(&host_f32(&alone).unwrap()[..], &y[row]);
+        }
+    }
+
+    #[test]
+    fn layer_norms_agree_with_the_reference_and_with_their_rows_alone(
+        rows in 1usize..6, width in 1usize..100, shift in -50.0f32..50.0, seed in 0u64..1000,
+    ) {
+        let x: Vec<f32> = numbers(seed, rows * width).iter().map(|x| x + shift).collect();
+        let (weight, bias) = (numbers(seed + 1, width), numbers(seed + 2, width));
+        let host = |values: &[f32]| HostTensor::from_f32(&[width], values);
+        let norm = Norm::layer(&host(&weight), &host(&bias), 1e-3, &Backend::cpu(DType::F32)).unwrap();
+        let y = host_f32(&norm.forward(&tensor(x.clone(), rows)).unwrap()).unwrap();
+        assert_close(&y, &reference::layer_norm(&x, &weight, &bias, 1e-3), 1e-4);
+        for row in (0..rows).map(|row| row * width..(row + 1) * width) {
+            let alone = norm.forward(&tensor(x[row.clone()].to_vec(), 1)).unwrap();
+            prop_assert_eq!(&host_f32(&alone).unwrap()[..], &y[row]);
+        }
     }
 
     #[test]
@@ -143,7 +182,7 @@ fn check_attention(
 fn grouped_experts_handle_one_row_and_all_rows_on_one_expert() {
     let backend = Backend::cpu(DType::F32);
     for masks in [vec![0b100u8], vec![0b010; 50], vec![0b111; 3]] {
-        let (experts, plain) = experts_of(1, 3, 33, 65, &backend);
+        let (experts, plain) = experts_of(1, 3, (33, 65), (Activation::Gelu, true), &backend);
         let x = exact(5, masks.len() * 33);
         let routing = routed(&masks, 3);
         let y = experts.forward(&tensor(x.clone(), masks.len()), &routing).unwrap();
@@ -159,12 +198,13 @@ fn large_products_on_all_threads_agree_with_the_reference() {
     let y = Linear::new(&w, None, &Backend::cpu(DType::F32)).unwrap().forward(&tensor(x.clone(), m)).unwrap();
     assert_close(&host_f32(&y).unwrap(), &reference::linear(&x, &w.to_f32(), i, o), 1e-5);
     let (d, f) = (200, 300);
-    let (gate, up, down) = (weights(1, f, d), weights(2, f, d), weights(3, d, f));
-    let net = Swiglu::new(&gate, &up, &down, &Backend::cpu(DType::F32)).unwrap();
     let x = exact(9, m * d);
-    let y = net.forward(&tensor(x.clone(), m)).unwrap();
-    let want = reference::swiglu(&x, &gate.to_f32(), &up.to_f32(), &down.to_f32(), d, f);
-    assert_close(&host_f32(&y).unwrap(), &want, 1e-5);
+    for kind in [(Activation::Swiglu, false), (Activation::Relu, true)] {
+        let (host, plain) = net_of(1, (d, f), kind);
+        let net = FeedForward::new(&host, kind.0, &Backend::cpu(DType::F32)).unwrap();
+        let y = net.forward(&tensor(x.clone(), m)).unwrap();
+        assert_close(&host_f32(&y).unwrap(), &reference::feed_forward(&x, &plain, d, f), 1e-5);
+    }
 }
 
 #[test]
@@ -172,7 +212,7 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
     for (rows, heads, width) in [(3, 1, 100), (5, 4, 24), (1, 1, 1)] {
         let x = numbers(1, rows * heads * width);
         let weight = numbers(2, width);
-        let norm = RmsNorm::new(&HostTensor::from_f32(&[width], &weight), 1e-6, &Backend::cpu(DType::F32)).unwrap();
+        let norm = Norm::rms(&HostTensor::from_f32(&[width], &weight), 1e-6, &Backend::cpu(DType::F32)).unwrap();
         let y = norm.forward(&tensor(x.clone(), rows)).unwrap();
         assert_close(&host_f32(&y).unwrap(), &reference::rms_norm(&x, &weight, 1e-6), 1e-6);
     }

@@ -1,4 +1,4 @@
-//! SwiGLU feed-forward nets: all experts of a layer stacked, rows gathered by expert.
+//! SwiGLU nets without biases: all experts of a layer stacked, rows gathered by expert.
 
 use super::launch::{Element, Held, Kernel, cuda, for_dtype, launch, packed, tensor};
 use crate::moe::Routing;
@@ -42,7 +42,7 @@ impl GroupedSwiglu {
         let token_r = Tensor::new(routing.token_r(), x.device())?;
         let x_r = packed(x, self.gate_up.dtype())?.index_select(&token_r, 0)?;
         let y_r = if self.fits_moe_gemm()? { self.grouped(&x_r, routing)? } else { self.one_by_one(&x_r, routing)? };
-        for_dtype!(y_r.dtype(), combine(&y_r, routing))
+        weighted_sum(&y_r, routing)
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -159,6 +159,11 @@ fn silu_mul_as<E: Element>(gate_up: &Tensor) -> Result<Tensor> {
     Ok(tensor(h, (rows, f), device))
 }
 
+/// `y_r [R, D] → [T, D]`: every token's weighted rows, summed in ascending order in f32. `y_r` must be [`packed`].
+pub(super) fn weighted_sum(y_r: &Tensor, routing: &Routing) -> Result<Tensor> {
+    for_dtype!(y_r.dtype(), combine(y_r, routing))
+}
+
 /// A [`Routing`]'s way back from rows to tokens, uploaded at once.
 struct CombineTables {
     tokens: usize,
@@ -195,7 +200,6 @@ impl CombineTables {
     }
 }
 
-/// `y_r [R, D] → [T, D]`: every token's weighted rows, summed in ascending order in f32.
 fn combine<E: Element>(y_r: &Tensor, routing: &Routing) -> Result<Tensor> {
     let device = cuda(y_r.device())?;
     let d = y_r.dims2()?.1;

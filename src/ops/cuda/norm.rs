@@ -1,4 +1,4 @@
-//! RMS norm and rotary embedding.
+//! Norms and rotary embedding.
 
 use super::launch::{Element, Held, Kernel, cuda, for_dtype, launch, packed, tensor};
 use crate::ops::StepLayout;
@@ -30,6 +30,18 @@ fn rms_norm_as<E: Element>(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     // SAFETY: rms_norm(x, w, y, unsigned, float); x and y hold as many groups of `width` as there are blocks.
     unsafe { launch(&mut args, (x.elem_count() / width, 1, 1), threads)? };
     Ok(tensor(y, x.shape(), device))
+}
+
+/// `(x − m) / sqrt(mean((x − m)²) + eps) ⊙ w + b` with m the mean, over every `W` elements: `x [T, n·W]`, `w` and `b`
+/// `[W]` → `[T, n·W]` in x's dtype. Candle's operations, in f32.
+pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f32) -> Result<Tensor> {
+    let width = w.dims1()?;
+    let groups = x.to_dtype(DType::F32)?.reshape(((), width))?;
+    let centred = groups.broadcast_sub(&groups.mean_keepdim(1)?)?;
+    let deviation = (centred.sqr()?.mean_keepdim(1)? + f64::from(eps))?.sqrt()?;
+    let normed = centred.broadcast_div(&deviation)?;
+    let y = normed.broadcast_mul(&w.to_dtype(DType::F32)?)?.broadcast_add(&b.to_dtype(DType::F32)?)?;
+    y.reshape(x.shape())?.to_dtype(x.dtype())
 }
 
 /// Rotates every head of `x [T, heads·hd]` by its token's position; `cos` and `sin` are `[positions, hd/2]` in f32.

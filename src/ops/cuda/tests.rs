@@ -1,11 +1,11 @@
 //! Every kernel against the reference or the CPU backend; skipped, loudly, where there is no device.
 
-use crate::ops::testing::{exact, experts_of, routed, weights};
+use crate::ops::testing::{ACTIVATIONS, exact, experts_of, net_of, routed, weights};
 use crate::ops::{
-    Backend, Embedding, HostTensor, KvCache, KvShape, Linear, RmsNorm, Rotary, Segment, StepLayout, Swiglu, attention,
-    reference, testing, to_host,
+    Backend, Embedding, FeedForward, HostTensor, KvCache, KvShape, Linear, Norm, Rotary, Segment, StepLayout,
+    attention, reference, testing, to_host,
 };
-use crate::types::{BlockId, DeviceChoice, DtypeChoice};
+use crate::types::{Activation, BlockId, DeviceChoice, DtypeChoice};
 use candle_core::{DType, Tensor};
 use std::io::Write;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ fn experts_agree_with_the_reference() {
         for (d, f) in [(64, 96), (40, 24), (20, 12)] {
             // No rows for the third expert; one row in all; all rows on one; experts of more than a tile of rows.
             for masks in [&ragged[..], &[0b00100], &[0b00010; 40], &[0b11111; 70]] {
-                let (experts, plain) = experts_of(0, 5, d, f, &backend);
+                let (experts, plain) = experts_of(0, 5, (d, f), (Activation::Swiglu, false), &backend);
                 let x = exact(99, masks.len() * d);
                 let routing = routed(masks, 5);
                 let y = experts.forward(&tensor(&x, masks.len(), &backend), &routing).unwrap();
@@ -101,7 +101,7 @@ fn a_token_has_the_same_experts_sum_in_any_step() {
     // In f32 the products are cuBLAS's, which promises no such thing.
     for backend in backends().into_iter().filter(|b| b.dtype() != DType::F32) {
         let (d, masks) = (64, [0b0111u8, 0b1000, 0b1111, 0b0101].repeat(20));
-        let (experts, _) = experts_of(0, 4, d, 96, &backend);
+        let (experts, _) = experts_of(0, 4, (d, 96), (Activation::Swiglu, false), &backend);
         let x = exact(5, masks.len() * d);
         let together =
             to_host(&experts.forward(&tensor(&x, masks.len(), &backend), &routed(&masks, 4)).unwrap()).unwrap();
@@ -114,14 +114,21 @@ fn a_token_has_the_same_experts_sum_in_any_step() {
 }
 
 #[test]
-fn dense_swiglu_agrees_with_the_reference() {
+fn nets_of_every_activation_agree_with_the_reference() {
+    let (d, f, masks) = (48, 72, [0b001, 0b101, 0b111, 0b100, 0b001]);
     for backend in backends() {
-        let (t, d, f) = (37, 48, 72);
-        let (gate, up, down) = (weights(1, f, d), weights(2, f, d), weights(3, d, f));
-        let x = exact(4, t * d);
-        let y = Swiglu::new(&gate, &up, &down, &backend).unwrap().forward(&tensor(&x, t, &backend)).unwrap();
-        let want = reference::swiglu(&x, &gate.to_f32(), &up.to_f32(), &down.to_f32(), d, f);
-        assert_close(&y, &want, tolerance(&backend));
+        for kind in ACTIVATIONS.into_iter().flat_map(|activation| [(activation, false), (activation, true)]) {
+            let x = exact(4, masks.len() * d);
+            let input = tensor(&x, masks.len(), &backend);
+            let (host, plain) = net_of(1, (d, f), kind);
+            let y = FeedForward::new(&host, kind.0, &backend).unwrap().forward(&input).unwrap();
+            assert_close(&y, &reference::feed_forward(&x, &plain, d, f), tolerance(&backend));
+            let (experts, plain) = experts_of(1, 3, (d, f), kind, &backend);
+            let routing = routed(&masks, 3);
+            let y = experts.forward(&input, &routing).unwrap();
+            assert_eq!(y.dtype(), backend.dtype());
+            assert_close(&y, &reference::experts(&x, &plain, &routing, d, f), tolerance(&backend));
+        }
     }
 }
 
@@ -130,9 +137,14 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
     for backend in backends() {
         for (rows, heads, width) in [(3, 1, 100), (5, 4, 24), (1, 1, 1), (2, 1, 2048)] {
             let (x, weight) = (exact(1, rows * heads * width), exact(2, width));
-            let norm = RmsNorm::new(&HostTensor::from_f32(&[width], &weight), 1e-6, &backend).unwrap();
+            let norm = Norm::rms(&HostTensor::from_f32(&[width], &weight), 1e-6, &backend).unwrap();
             let y = norm.forward(&tensor(&x, rows, &backend)).unwrap();
             assert_close(&y, &reference::rms_norm(&x, &weight, 1e-6), tolerance(&backend));
+            let bias = exact(3, width);
+            let host = |values: &[f32]| HostTensor::from_f32(&[width], values);
+            let norm = Norm::layer(&host(&weight), &host(&bias), 1e-3, &backend).unwrap();
+            let y = norm.forward(&tensor(&x, rows, &backend)).unwrap();
+            assert_close(&y, &reference::layer_norm(&x, &weight, &bias, 1e-3), tolerance(&backend));
         }
     }
 }
@@ -141,11 +153,11 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
 fn kernels_take_views_of_tensors() {
     for backend in backends() {
         let (x, weight) = (exact(1, 6 * 11), exact(2, 11));
-        let norm = RmsNorm::new(&HostTensor::from_f32(&[11], &weight), 1e-6, &backend).unwrap();
+        let norm = Norm::rms(&HostTensor::from_f32(&[11], &weight), 1e-6, &backend).unwrap();
         let y = norm.forward(&tensor(&x, 6, &backend).narrow(0, 3, 2).unwrap()).unwrap();
         assert_close(&y, &reference::rms_norm(&x[33..55], &weight, 1e-6), tolerance(&backend));
         // Columns 4.. of every row.
-        let norm = RmsNorm::new(&HostTensor::from_f32(&[7], &weight[4..]), 1e-6, &backend).unwrap();
+        let norm = Norm::rms(&HostTensor::from_f32(&[7], &weight[4..]), 1e-6, &backend).unwrap();
         let y = norm.forward(&tensor(&x, 6, &backend).narrow(1, 4, 7).unwrap()).unwrap();
         let columns: Vec<f32> = x.chunks_exact(11).flat_map(|row| row[4..].to_vec()).collect();
         assert_close(&y, &reference::rms_norm(&columns, &weight[4..], 1e-6), tolerance(&backend));
