@@ -20,12 +20,13 @@
 //! | what happens in a step? | `engine/core.rs` |
 //! | how do messages become a prompt? | [`chat`]: the checkpoint's own template |
 //! | how is a router's quality measured? | [`eval`]: tasks, comparison with static controls, reports |
+//! | how is a model trained? | [`train`]: the loop, the recipes' meaning, the exported checkpoint |
 //! | what does the API accept? | [`wire`] for the JSON, [`types::GenerateRequest::check`] for the limits |
 //!
 //! # Arrows (→ imports; everyone may import `types`)
 //!
 //! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire, chat, telemetry`;
-//! `eval → engine, model, moe, ops`. The type `moe::Routing` is
+//! `eval → engine, model, moe, ops, plot`; `train → moe, ops, plot`. The type `moe::Routing` is
 //! what `ops` computes by: the one arrow back. `tests/it/tidy.rs` checks them.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
@@ -36,7 +37,9 @@ pub mod http;
 pub mod model;
 pub mod moe;
 pub mod ops;
+pub mod plot;
 pub mod sched;
 pub mod telemetry;
+pub mod train;
 pub mod types;
 pub mod wire;

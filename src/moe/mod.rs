@@ -2,6 +2,7 @@
 
 pub mod cost;
 mod layer;
+pub mod loss;
 pub mod router;
 mod routing;
 

@@ -68,9 +68,47 @@ impl Routing {
         self.offsets_e1[e] as usize..self.offsets_e1[e + 1] as usize
     }
 
+    /// Where the rows of the tokens begin in [`Self::row_of`], `[T + 1]`.
+    pub fn starts_t1(&self) -> &[u32] {
+        &self.starts_t1
+    }
+
+    /// The rows of all tokens, token by token, `[R]`.
+    pub fn row_of(&self) -> &[u32] {
+        &self.row_of
+    }
+
     /// The rows of token `t`, ascending by expert.
     pub fn token_rows(&self, t: usize) -> &[u32] {
         &self.row_of[self.starts_t1[t] as usize..self.starts_t1[t + 1] as usize]
+    }
+
+    /// The same with at most `capacity` rows per expert, the earliest tokens': what is over is dropped, and a token may be
+    /// left with no row at all. For training alone (Fedus et al., arXiv 2101.03961, §2.2).
+    pub fn capped(&self, capacity: usize) -> Self {
+        let experts = self.experts();
+        let mut kept = Self {
+            token_r: Vec::with_capacity(self.rows()),
+            weight_r: Vec::with_capacity(self.rows()),
+            offsets_e1: vec![0],
+            starts_t1: vec![0],
+            row_of: Vec::with_capacity(self.rows()),
+        };
+        // New place of every row, or none.
+        let mut place_r = vec![None; self.rows()];
+        for e in 0..experts {
+            for row in self.expert_rows(e).take(capacity) {
+                place_r[row] = Some(kept.token_r.len() as u32);
+                kept.token_r.push(self.token_r[row]);
+                kept.weight_r.push(self.weight_r[row]);
+            }
+            kept.offsets_e1.push(kept.token_r.len() as u32);
+        }
+        for t in 0..self.tokens() {
+            kept.row_of.extend(self.token_rows(t).iter().filter_map(|&row| place_r[row as usize]));
+            kept.starts_t1.push(kept.row_of.len() as u32);
+        }
+        kept
     }
 
     /// Experts with at least one row: the expert weights this layer must read.
@@ -210,6 +248,18 @@ mod tests {
         nan.choose(0, &[1]);
         nan.weigh(0)[0].1 = f32::NAN;
         assert!(matches!(nan.finish(1), Err(RoutingError::Weight { .. })));
+    }
+
+    #[test]
+    fn capacity_keeps_the_earliest_tokens_of_every_expert() {
+        let capped = built(4, &[&[0, 1], &[0], &[0, 3]]).unwrap().capped(1);
+        assert_eq!(capped.offsets_e1(), [0, 1, 2, 2, 3]);
+        assert_eq!(capped.token_r(), [0, 0, 2]);
+        assert_eq!(
+            (capped.token_rows(0), capped.token_rows(1), capped.token_rows(2)),
+            (&[0, 1][..], &[][..], &[2][..])
+        );
+        assert_eq!(capped.weight_r(), [0.25, 0.25, 2.25]);
     }
 
     proptest! {

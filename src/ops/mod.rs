@@ -5,6 +5,8 @@
 //! dtype. On the CPU a token's result does not depend on the other tokens of the step, to the bit; on CUDA that
 //! holds but for cuBLAS products, whose order of sums may follow the number of rows.
 //!
+//! `grad` holds what training adds: operations that gradients flow through.
+//!
 //! Legend: T tokens in the step, I/O a projection's widths, D model width, F expert width, R routed rows.
 
 mod backend;
@@ -12,6 +14,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod experts;
+pub mod grad;
 mod host;
 mod kv;
 mod linear;

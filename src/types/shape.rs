@@ -2,6 +2,7 @@
 //! check a router against it, without touching a tensor.
 
 use super::RouterSpec;
+use serde::{Deserialize, Serialize};
 
 /// Sizes of one model. Everything that cost and scheduling need, nothing else.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,7 +48,8 @@ pub enum FfnShape {
 }
 
 /// What stands between the projections of a feed-forward net.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Activation {
     /// `down(silu(gate(x)) ⊙ up(x))` (Shazeer, arXiv 2002.05202); all others are `down(act(up(x)))`.
     #[default]

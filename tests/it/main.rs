@@ -35,3 +35,4 @@ mod shared_data;
 mod site;
 mod support;
 mod tidy;
+mod train;

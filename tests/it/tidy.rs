@@ -16,7 +16,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("engine", &["model", "moe", "ops", "sched"]),
     ("chat", &[]),
     ("telemetry", &[]),
-    ("eval", &["engine", "model", "moe", "ops"]),
+    ("plot", &[]),
+    ("eval", &["engine", "model", "moe", "ops", "plot"]),
+    ("train", &["moe", "ops", "plot"]),
     ("http", &["chat", "engine", "telemetry", "wire"]),
 ];
 

@@ -1,9 +1,9 @@
 //! The charts of a task.
 
 use super::format;
-use super::svg::{Axis, Bar, Bars, Columns, ColumnsRow, Heatmap, Plot, Point};
 use super::view::{Row, TaskView};
 use crate::eval::results::{Metric, Role, RoutingFacts, Saved};
+use crate::plot::{Axis, Bar, Bars, Columns, ColumnsRow, Heatmap, Plot, Point};
 
 /// Which FLOPs a chart is about.
 #[derive(Clone, Copy)]
@@ -85,6 +85,7 @@ pub fn pareto(task: &TaskView<'_>, scope: Scope) -> Option<String> {
         y_guide: native.as_ref().map(|n| drawn(&n.1).0),
         lines: Vec::new(),
         points,
+        readings: Vec::new(),
     };
     Some(plot.svg())
 }
@@ -107,7 +108,7 @@ pub fn metric_bars(task: &TaskView<'_>, metric: &Metric) -> String {
     let title = format::metric_title(metric);
     let ends = rows.iter().flat_map(|r| [Some(r.value), r.interval.map(|i| i.1)]).flatten().collect::<Vec<f64>>();
     let axis = Axis::from_zero(title.clone(), ends);
-    Bars { label: format!("{}: {title} of every arm", task.name), axis, rows, small: false }.svg()
+    Bars { label: format!("{}: {title} of every arm", task.name), axis, rows, guide: None, small: false }.svg()
 }
 
 /// A small chart per subtask: its name, number of samples and bars of the headline metric, in the order of the arms.
@@ -133,7 +134,7 @@ pub fn subtask_bars(task: &TaskView<'_>) -> Vec<(String, usize, String)> {
             rows.push(Bar { name: String::new(), value, interval, mark: row.mark, text: String::new(), tooltip });
         }
         let label = format!("{name}: bars of every arm");
-        ((*name).to_string(), samples, Bars { label, axis: axis.clone(), rows, small: true }.svg())
+        ((*name).to_string(), samples, Bars { label, axis: axis.clone(), rows, guide: None, small: true }.svg())
     };
     names.iter().map(chart).collect()
 }

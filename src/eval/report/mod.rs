@@ -3,16 +3,15 @@
 //!
 //! ```text
 //! results ─► view (arms by task, how each is drawn) ─► tables ─► terminal, markdown, html
-//!                                                └───► charts ─► svg ─► html
+//!                                                └───► charts ───► html
 //! ```
-//! `svg` knows nothing of results: any report may draw with it.
+//! What tables, charts and pages look like is `plot`'s, which knows nothing of results.
 
 mod charts;
 mod format;
 mod html;
 mod markdown;
 mod notes;
-pub mod svg;
 mod tables;
 mod terminal;
 mod view;

@@ -1,38 +1,9 @@
-//! The tables of a report, before anyone says how a table looks.
+//! The tables of a report.
 
 use super::format::{self, MISSING};
 use super::view::{self, TaskView};
 use crate::eval::results::{Comparison, Metric, Results, Saved, TaskResult};
-
-/// A table; every row has a cell per column.
-pub struct Table {
-    pub columns: Vec<Column>,
-    pub rows: Vec<Vec<Cell>>,
-}
-
-pub struct Column {
-    /// Lines are separated by `\n` where the table's form can show several.
-    pub title: String,
-    /// Names stand left, numbers right.
-    pub left: bool,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct Cell {
-    pub text: String,
-    pub kind: Kind,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    Plain,
-    /// A name that a user may type again.
-    Name,
-    /// A saving below zero.
-    Cost,
-    Better,
-    Worse,
-}
+use crate::plot::table::{Cell, Column, Kind, Table, name, plain};
 
 /// How much a summary shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,25 +12,6 @@ pub enum Detail {
     Short,
     /// With intervals and macro averages.
     Full,
-}
-
-impl Table {
-    fn new(columns: &[(&str, bool)]) -> Self {
-        let columns = columns.iter().map(|(title, left)| Column { title: (*title).into(), left: *left });
-        Self { columns: columns.collect(), rows: Vec::new() }
-    }
-
-    fn column(&mut self, title: impl Into<String>) {
-        self.columns.push(Column { title: title.into(), left: false });
-    }
-}
-
-fn plain(text: impl Into<String>) -> Cell {
-    Cell { text: text.into(), kind: Kind::Plain }
-}
-
-fn name(text: impl Into<String>) -> Cell {
-    Cell { text: text.into(), kind: Kind::Name }
 }
 
 fn saving(saved: Option<&Saved>) -> Cell {

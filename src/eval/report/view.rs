@@ -1,8 +1,8 @@
 //! Results by task: which arms ran it, and how each arm is drawn and named wherever it appears.
 
 use super::format;
-use super::svg::{Mark, Shape};
 use crate::eval::results::{Arm, Comparison, Metric, Results, Role, SubtaskResult, TaskResult};
+use crate::plot::{Mark, Shape};
 
 /// One task with the arms that ran it.
 pub struct TaskView<'a> {

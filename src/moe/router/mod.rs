@@ -9,6 +9,7 @@
 //! softmax over all E gate logits, sorted.
 
 mod args;
+mod complexity;
 mod context;
 mod dynk;
 mod gate;
@@ -65,8 +66,16 @@ pub struct RouterEntry {
 type Parse = fn(&mut SpecArgs<'_>, &MoeShape) -> Result<Box<dyn Router>, SpecError>;
 
 /// Every router there is.
-pub static ROUTERS: &[RouterEntry] =
-    &[native::ENTRY, topk::ENTRY, layers::ENTRY, dynk::ENTRY, ratio::ENTRY, threshold::ENTRY, uniform::ENTRY];
+pub static ROUTERS: &[RouterEntry] = &[
+    native::ENTRY,
+    topk::ENTRY,
+    layers::ENTRY,
+    dynk::ENTRY,
+    ratio::ENTRY,
+    threshold::ENTRY,
+    complexity::ENTRY,
+    uniform::ENTRY,
+];
 
 /// The line of the table that `spec` names: what can be said of it before there is a model.
 ///

@@ -106,10 +106,12 @@ fn values_out_of_range_are_refused_with_the_range_and_an_example() {
         ("layers:1,2,9", "from 1 to 8"),
         ("ratio:2", "(0, 1]"),
         ("threshold:0", "(0, 1]"),
+        ("complexity:luck", "there is no estimator `luck`"),
+        ("complexity:constant:2", "[0, 1]; got 2"),
         ("uniform:2,seed=x", "seed must be"),
         ("native:3", "takes no argument"),
         ("native,weights=big", "one of native, renorm, keep; got big"),
-        ("router66:1", "there are native, topk, layers, dynk, ratio, threshold, uniform"),
+        ("router66:1", "there are native, topk, layers, dynk, ratio, threshold, complexity, uniform"),
     ] {
         let error = Policy::build(&spec.parse().unwrap(), &shape).err().expect(spec).to_string();
         assert!(error.contains(want), "{spec}: {error}");

@@ -4,10 +4,12 @@
 mod attention;
 mod attention_kernel;
 mod experts;
+pub(super) mod gemm;
 mod isa;
 mod kernel;
 mod norm;
 mod pack;
+pub(super) mod train;
 
 pub(super) use attention::KvStore;
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};

@@ -1,71 +1,17 @@
 mod example;
 
-use super::svg::{self, Mark, escape};
 use super::{charts, html, markdown, terminal, view};
 use crate::eval::results::*;
+use crate::plot::check::{check_drawings, check_markup};
 use example::example;
 use proptest::prelude::*;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// Fails unless every tag is closed in order, attributes are quoted and `<` and `&` stand escaped.
-fn check_markup(text: &str) -> Result<(), String> {
-    let mut open: Vec<String> = Vec::new();
-    let mut rest = text;
-    while let Some(start) = rest.find(['<', '&', '>']) {
-        let near = |at: &str| at.chars().take(60).collect::<String>();
-        let here = &rest[start..];
-        if let Some(after) = here.strip_prefix('&') {
-            let entities = ["&amp;", "&lt;", "&gt;", "&quot;", "&#39;"];
-            if !entities.iter().any(|e| here.starts_with(e)) {
-                return Err(format!("a bare & at {:?}", near(here)));
-            }
-            rest = after;
-            continue;
-        }
-        let end = here.find('>').ok_or_else(|| format!("an open tag at {:?}", near(here)))?;
-        let tag = here.get(1..end).ok_or_else(|| format!("a bare > at {:?}", near(here)))?;
-        rest = &here[end + 1..];
-        if tag.contains('<') || tag.matches('"').count() % 2 == 1 {
-            return Err(format!("a broken tag {tag:?}"));
-        }
-        let name = tag.trim_matches('/').split_whitespace().next().unwrap_or("");
-        if let Some(closed) = tag.strip_prefix('/') {
-            let expected = open.pop();
-            if expected.as_deref() != Some(closed) {
-                return Err(format!("</{closed}> where </{expected:?}> was due, before {:?}", near(rest)));
-            }
-        } else if !tag.ends_with('/') && !tag.starts_with('!') {
-            open.push(name.into());
-        }
-    }
-    if open.is_empty() { Ok(()) } else { Err(format!("never closed: {open:?}")) }
-}
-
-/// Fails on markup that is broken or holds a number that is none.
+/// Fails on a page that is broken or draws a number that is none.
 fn check_page(results: &Results) -> Result<String, String> {
     let page = html(results);
-    let style = page.find("<style>").zip(page.find("</style>")).ok_or("no style")?;
-    let without_style = format!("{}{}", &page[..style.0 + 7], &page[style.1..]);
-    check_markup(&without_style)?;
-    for drawing in without_style.split("<svg").skip(1) {
-        let drawing = drawing.split("</svg>").next().unwrap_or("");
-        for number in ["x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height"] {
-            for value in drawing.split(&format!(" {number}=\"")).skip(1) {
-                let value = value.split('"').next().unwrap_or("");
-                let number = value.parse::<f64>().map_err(|e| format!("{number}={value:?}: {e}"))?;
-                if !(-2000.0..=20_000.0).contains(&number) {
-                    return Err(format!("a coordinate far outside: {value}"));
-                }
-            }
-        }
-        for points in drawing.split(" points=\"").skip(1) {
-            let points = points.split('"').next().unwrap_or("");
-            if points.contains("NaN") || points.contains("inf") {
-                return Err(format!("points {points:?}"));
-            }
-        }
-    }
+    check_drawings(&page)?;
     Ok(page)
 }
 
@@ -197,39 +143,6 @@ fn every_arm_is_a_point_and_controls_are_joined_to_their_router() {
         assert_eq!(plot.matches("95 % interval").count(), results.arms.len());
         assert_eq!(plot.matches("class=\"thin").count(), 4);
     }
-}
-
-#[test]
-fn series_that_share_a_colour_differ_in_shape() {
-    let marks: Vec<Mark> = (0..35).map(Mark::of).collect();
-    for (i, a) in marks.iter().enumerate() {
-        assert!(marks[..i].iter().all(|b| a.shape != b.shape || a.svg() != b.svg()), "series {i}");
-    }
-}
-
-#[test]
-fn a_line_plot_leaves_out_what_is_no_number() {
-    let line = |points| svg::Line { points, mark: Mark::of(0), tooltip: "loss".into() };
-    let points = vec![(0.0, 4.0), (1.0, f64::NAN), (2.0, f64::INFINITY), (3.0, 2.0)];
-    let plot = svg::Plot {
-        label: "loss".into(),
-        x: svg::Axis::around("step", [0.0, 3.0]),
-        y: svg::Axis::around("loss", points.iter().map(|p| p.1)),
-        x_guide: None,
-        y_guide: Some(f64::NAN),
-        lines: vec![line(points), line(Vec::new())],
-        points: Vec::new(),
-    };
-    let drawing = plot.svg();
-    check_markup(&drawing).unwrap();
-    assert!(!drawing.contains("NaN") && !drawing.contains("inf"));
-    let first = drawing.split("points=\"").nth(1).unwrap().split('"').next().unwrap();
-    assert_eq!(first.split(' ').count(), 2, "{first}");
-}
-
-#[test]
-fn escaped_text_holds_no_markup() {
-    assert_eq!(escape("<a href=\"x\">'&'\u{0}"), "&lt;a href=&quot;x&quot;&gt;&#39;&amp;&#39;\u{fffd}");
 }
 
 /// Draws results that no run would give.
