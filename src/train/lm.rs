@@ -257,16 +257,14 @@ impl MoeLm {
         }
     }
 
-    /// Elements of all parameters, and of those that one token passes with k0 experts.
-    pub fn parameters(&self) -> (u64, u64) {
-        let mut all = 0;
-        let mut active = 0.0;
+    /// Elements of all parameters, and of those that a token passes that has `experts_per_token` experts.
+    pub fn parameters(&self, experts_per_token: f64) -> (u64, u64) {
+        let (mut all, mut active) = (0, 0.0);
         for p in &self.params {
             let count = p.var.elem_count() as u64;
+            let routed = p.name.contains(".experts.");
             all += count;
-            let share =
-                if p.name.contains(".experts.") { self.moe.top_k as f64 / self.moe.experts as f64 } else { 1.0 };
-            active += count as f64 * share;
+            active += count as f64 * if routed { experts_per_token / self.moe.experts as f64 } else { 1.0 };
         }
         (all, active.round() as u64)
     }

@@ -9,6 +9,7 @@ use super::recipe::{LossSpec, PrecisionChoice, Recipe};
 use super::report::{EvalLog, Log, LogLine, RoutingAnalysis, RunResults, SCHEMA, Sample, StepLog};
 use super::state::{Progress, StateDir, StateError};
 use crate::ops::grad::{self, Precision};
+use crate::types::split_mix;
 use candle_core::{DType, Device, Tensor};
 use std::fs::File;
 use std::io::Write;
@@ -109,7 +110,7 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
         let mut grads = Gradients::default();
         for micro in 0..optim.accumulate {
             let batch = data.train.batch(&mut now.cursor, recipe.seed, optim.batch, optim.seq);
-            let dropout_seed = mix(recipe.seed ^ mix(now.step * optim.accumulate as u64 + micro as u64));
+            let dropout_seed = split_mix(recipe.seed, now.step * optim.accumulate as u64 + micro as u64);
             let forward = model.forward(&batch.inputs, batch.batch, Mode::Train { dropout_seed })?;
             let share = 1.0 / optim.accumulate as f64;
             let loss = losses(&model, &forward, &batch, &recipe.loss, share, &mut sums)?;
@@ -146,14 +147,6 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
     }
     let samples = watch.sample(&job.out.join("model"));
     finish(job, &model, now, samples, precision).map(|results| Outcome::Finished(Box::new(results)))
-}
-
-/// One round of the SplitMix64 generator (Steele et al., 2014).
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
 }
 
 /// Where the run stands: at its beginning, or where the state in its folder says.
@@ -386,7 +379,8 @@ fn finish(
     precision: Precision,
 ) -> Result<RunResults, TrainError> {
     let Job { recipe, data, .. } = job;
-    let (parameters, parameters_active) = model.parameters();
+    let experts_per_token = now.evals.last().map_or(0.0, |e| e.experts_per_token);
+    let (parameters, parameters_active) = model.parameters(experts_per_token);
     let perplexities: Vec<f64> = now.evals.iter().map(|e| e.perplexity).collect();
     Ok(RunResults {
         schema: SCHEMA,

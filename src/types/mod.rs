@@ -21,6 +21,15 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Number `index` of the SplitMix64 sequence that starts from `seed` (Steele et al., 2014): draws that depend on nothing
+/// but their place.
+pub fn split_mix(seed: u64, index: u64) -> u64 {
+    let x = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
 /// A token of the checkpoint's vocabulary.
 pub type TokenId = u32;
 

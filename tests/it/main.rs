@@ -36,3 +36,4 @@ mod site;
 mod support;
 mod tidy;
 mod train;
+mod train_cli;

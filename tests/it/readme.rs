@@ -87,6 +87,34 @@ fn every_evaluation_command_has_known_flags_and_those_without_downloads_run() {
 }
 
 #[test]
+fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
+    let binary = env!("CARGO_BIN_EXE_moe-train");
+    let found = arguments("moe-train", "cargo run --release --bin moe-train");
+    let mut ran = 0;
+    for words in &found {
+        let known = match words[0].as_str() {
+            "compare" | "sample" => help(binary, &[&words[0], "--help"]),
+            _ => help(binary, &["--help"]),
+        };
+        check(words, &known);
+        for recipe in words.windows(2).filter(|pair| pair[0] == "--recipe").map(|pair| &pair[1]) {
+            assert!(repo(recipe).is_file(), "{recipe}");
+        }
+        if words.contains(&"--synthetic".to_string()) {
+            let folder = tempfile::tempdir().unwrap();
+            let out = folder.path().join("run");
+            let mut command = Command::new(binary);
+            command.current_dir(repo("")).args(words).args(["--out", out.to_str().unwrap()]);
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+            assert!(out.join("model/model.safetensors").is_file() && out.join("report.html").is_file());
+            ran += 1;
+        }
+    }
+    assert!(found.len() >= 4 && ran >= 1, "{found:?}");
+}
+
+#[test]
 fn every_file_of_the_file_map_exists() {
     let readme = readme();
     let table = readme.split("## Files").nth(1).unwrap().split("## ").next().unwrap();

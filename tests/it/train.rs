@@ -136,7 +136,7 @@ fn what_is_trained_is_what_is_served() {
         export(&model, &texts, DType::F32, &out).unwrap();
         let loaded = try_load(&out, DtypeChoice::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(loaded.unread_config, Vec::<String>::new(), "{name}");
-        assert_eq!(loaded.model.shape().parameters as u64, model.parameters().0, "{name}");
+        assert_eq!(loaded.model.shape().parameters as u64, model.parameters(1.0).0, "{name}");
         let tokens = ids(24, data.vocab as u32);
         let served = Runner::new(&loaded.model, 1, 32, "native").step(&[(0, &tokens)]).concat();
         let forward = model.forward(&tokens, 1, Mode::Eval).unwrap();

@@ -2,7 +2,7 @@
 
 use super::{GateView, Router, RouterEntry};
 use crate::moe::RoutingBuilder;
-use crate::types::MoeShape;
+use crate::types::{MoeShape, split_mix};
 
 pub(super) const ENTRY: RouterEntry = RouterEntry {
     name: "uniform",
@@ -24,25 +24,17 @@ struct Uniform {
     seed: u64,
 }
 
-/// One round of the SplitMix64 generator (Steele et al., 2014).
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
-
 impl Router for Uniform {
     fn route(&self, gate: &GateView<'_>, out: &mut RoutingBuilder) {
         let mut experts: Vec<u16> = Vec::with_capacity(gate.shape.experts);
         for token in gate.tokens() {
             // Drawn from what identifies the token, never from its row: the batch must not matter.
-            let place = mix(self.seed) ^ mix((gate.layer as u64) << 32 | u64::from(token.position));
-            let mut state = mix(place ^ mix(u64::from(token.token)));
+            let place = split_mix(self.seed, 0) ^ split_mix((gate.layer as u64) << 32 | u64::from(token.position), 0);
+            let mut state = split_mix(place ^ split_mix(u64::from(token.token), 0), 0);
             experts.clear();
             experts.extend(0..gate.shape.experts as u16);
             for i in 0..self.k {
-                state = mix(state);
+                state = split_mix(state, 0);
                 let left = (experts.len() - i) as u64;
                 experts.swap(i, i + (state % left) as usize);
             }

@@ -2,6 +2,7 @@
 
 use super::super::isa::multiversion;
 use super::CHUNK;
+use crate::types::split_mix;
 use rayon::prelude::*;
 
 /// Sets a share `p` of the elements to 0 and scales the others by `1/(1 − p)`. Applied to the gradient of its
@@ -36,14 +37,6 @@ pub(super) fn mix(x: u32, key: u32) -> u32 {
     let x = (x ^ (x >> 16)).wrapping_mul(0x85eb_ca6b);
     let x = (x ^ (x >> 13)).wrapping_mul(0xc2b2_ae35);
     x ^ (x >> 16)
-}
-
-/// Number `index` of the SplitMix64 sequence that starts from `seed`.
-fn split_mix(seed: u64, index: u64) -> u64 {
-    let z = seed.wrapping_add((index.wrapping_add(1)).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]
