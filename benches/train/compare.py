@@ -143,7 +143,8 @@ def run_moe_train(args, recipe: dict, precision: str, folder: Path) -> tuple[dic
     out = folder / "run"
     flags = ["--recipe", path, "--variant", "timed", "--out", out, "--overwrite", "--device", "cpu"]
     _, peak = run([args.moe_train, *flags, *args.data])
-    log = [json.loads(line) for line in (out / "timed/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "timed/log.jsonl").read_text().splitlines()]
+    log = [line for line in lines if line["kind"] == "step"]
     ends = [0.0, *(entry["seconds"] for entry in log)]
     optim = merge(DEFAULTS["optim"], recipe["optim"])
     found = figures(

@@ -48,11 +48,13 @@ pub trait Watch {
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     #[error(
-        "step {step}: the loss is {loss}; the state of the last checkpoint is kept. A lower optim.lr or more optim.warmup_steps help"
+        "step {step}: the loss is {loss}, and the first tensor that is not finite is `{tensor}`; the state of the last \
+         checkpoint is kept. A lower optim.lr or more optim.warmup_steps help"
     )]
-    Loss { step: u64, loss: f64 },
+    Loss { step: u64, loss: f64, tensor: String },
     #[error(
-        "step {step}: the gradient of `{tensor}` is not finite; the state of the last checkpoint is kept. A lower optim.lr or optim.clip helps"
+        "step {step}: the gradient of `{tensor}` is not finite; the state of the last checkpoint is kept. A lower \
+         optim.lr or optim.clip helps"
     )]
     Gradient { step: u64, tensor: String },
     #[error("{out} holds a run of another recipe; give another --out, or --overwrite to begin anew")]
@@ -117,10 +119,9 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
             grads.add(model.params(), &loss.backward()?)?;
             now.tokens += batch.inputs.len() as u64;
         }
-        if !sums.total.is_finite() {
-            return Err(TrainError::Loss { step: now.step, loss: sums.total });
-        }
-        let norm = grads.norm(model.params())?.map_err(|e| TrainError::Gradient { step: now.step, tensor: e.name })?;
+        check_finite(&model, now.step + 1, sums.total)?;
+        let norm = grads.norm(model.params())?;
+        let norm = norm.map_err(|e| TrainError::Gradient { step: now.step + 1, tensor: e.name })?;
         let scale = (optim.clip / norm.max(1e-12)).min(1.0);
         let lr = learning_rate(optim, now.step);
         adam.step(model.params(), &grads, optim, lr, scale)?;
@@ -135,6 +136,7 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
         if last || now.step.is_multiple_of(recipe.eval.every) {
             let windows = if last { recipe.eval.windows_last } else { Some(recipe.eval.windows) };
             let eval = evaluate(&model, &data.valid, now.step, (optim.batch, optim.seq), windows, &mut |_, _| {})?;
+            check_finite(&model, now.step, eval.loss)?;
             watch.evaluated(&eval);
             write_line(&mut log, &LogLine::Eval(eval.clone()), &job.out)?;
             now.evals.push(eval);
@@ -147,6 +149,19 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
     }
     let samples = watch.sample(&job.out.join("model"));
     finish(job, &model, now, samples, precision).map(|results| Outcome::Finished(Box::new(results)))
+}
+
+/// Refuses a loss that is no number, with the first parameter that is none: such a state must not be written.
+fn check_finite(model: &MoeLm, step: u64, loss: f64) -> Result<(), TrainError> {
+    if loss.is_finite() {
+        return Ok(());
+    }
+    for p in model.params() {
+        if !grad::sum_of_squares(p.var.as_tensor())?.is_finite() {
+            return Err(TrainError::Loss { step, loss, tensor: p.name.clone() });
+        }
+    }
+    Err(TrainError::Loss { step, loss, tensor: "the logits".into() })
 }
 
 /// Where the run stands: at its beginning, or where the state in its folder says.

@@ -110,8 +110,14 @@ fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
             assert!(out.join("model/model.safetensors").is_file() && out.join("report.html").is_file());
             ran += 1;
         }
+        if words[0] == "compare" && words[1].starts_with("models/") {
+            let done = Command::new(binary).current_dir(repo("")).args(words).output().unwrap();
+            let said = String::from_utf8_lossy(&done.stdout).into_owned();
+            assert!(done.status.success() && said.contains("perplexity"), "{words:?}: {said}");
+            ran += 1;
+        }
     }
-    assert!(found.len() >= 4 && ran >= 1, "{found:?}");
+    assert!(found.len() >= 5 && ran >= 2, "{found:?}");
 }
 
 #[test]
