@@ -106,18 +106,21 @@ impl AdamW {
         Ok(())
     }
 
-    /// Moments with the names they are stored under, and the steps taken.
-    pub fn state(&self, params: &[Param]) -> Result<(Vec<(String, Tensor)>, u64)> {
+    /// Moments with the names they are stored under.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn moments(&self, params: &[Param]) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = Vec::with_capacity(2 * params.len());
         for (p, moments) in params.iter().zip(&self.moments_p) {
             let (m, v) = moments.tensors(p.var.shape())?;
             tensors.push((format!("{}.m", p.name), m));
             tensors.push((format!("{}.v", p.name), v));
         }
-        Ok((tensors, self.steps))
+        Ok(tensors)
     }
 
-    /// Takes up what [`Self::state`] gave. `tensor` finds one by name.
+    /// Takes up what [`Self::moments`] gave after `steps` steps. `tensor` finds one by name.
     ///
     /// # Errors
     /// What `tensor` says, or a failure of the device.

@@ -24,7 +24,6 @@ pub struct Progress {
     /// Time spent in steps.
     pub seconds: f64,
     pub cursor: Cursor,
-    pub adam_steps: u64,
     pub evals: Vec<EvalLog>,
 }
 
@@ -66,18 +65,6 @@ impl StateDir {
         [&self.now, &self.old].into_iter().find(|dir| dir.join(PROGRESS).is_file()).map(PathBuf::as_path)
     }
 
-    pub fn exists(&self) -> bool {
-        self.found().is_some()
-    }
-
-    /// Forgets the state.
-    ///
-    /// # Errors
-    /// A folder that cannot be removed.
-    pub fn remove(&self) -> Result<(), StateError> {
-        [&self.now, &self.new, &self.old].into_iter().try_for_each(|dir| remove(dir))
-    }
-
     /// Replaces the state by this one.
     ///
     /// # Errors
@@ -88,13 +75,14 @@ impl StateDir {
         let params: HashMap<String, Tensor> =
             model.params().iter().map(|p| (p.name.clone(), p.var.as_tensor().detach())).collect();
         candle_core::safetensors::save(&params, self.new.join(PARAMS))?;
-        let (moments, _) = adam.state(model.params())?;
+        let moments = adam.moments(model.params())?;
         candle_core::safetensors::save(&moments.into_iter().collect::<HashMap<_, _>>(), self.new.join(MOMENTS))?;
         let path = self.new.join(PROGRESS);
         let text = serde_json::to_string_pretty(progress).map_err(|e| io(&path)(e.into()))?;
         std::fs::write(&path, text).map_err(io(&path))?;
-        remove(&self.old)?;
+        // Where there is none now, the old one is all there is until the new one is in place.
         if self.now.exists() {
+            remove(&self.old)?;
             std::fs::rename(&self.now, &self.old).map_err(io(&self.now))?;
         }
         std::fs::rename(&self.new, &self.now).map_err(io(&self.new))?;
@@ -114,7 +102,7 @@ impl StateDir {
         Ok(Some(progress))
     }
 
-    /// Gives `model` and `adam` the state's parameters and moments; `steps` are the optimiser's.
+    /// Gives `model` and `adam` the state's parameters and moments, after `steps` steps.
     ///
     /// # Errors
     /// A tensor that is missing or has another shape.

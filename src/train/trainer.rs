@@ -133,17 +133,20 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
         write_line(&mut log, &LogLine::Step(entry), &job.out)?;
 
         let last = now.step == optim.steps;
-        if last || now.step.is_multiple_of(recipe.eval.every) {
+        let due = last || now.step.is_multiple_of(recipe.eval.every);
+        if due {
             let windows = if last { recipe.eval.windows_last } else { Some(recipe.eval.windows) };
             let eval = evaluate(&model, &data.valid, now.step, (optim.batch, optim.seq), windows, &mut |_, _| {})?;
             check_finite(&model, now.step, eval.loss)?;
             watch.evaluated(&eval);
             write_line(&mut log, &LogLine::Eval(eval.clone()), &job.out)?;
             now.evals.push(eval);
-            checkpoint(job, &dirs, &model, &adam, &mut now)?;
         }
-        if !last && watch.stop() {
-            checkpoint(job, &dirs, &model, &adam, &mut now)?;
+        let stop = !last && watch.stop();
+        if due || stop {
+            checkpoint(job, &dirs, &model, &adam, &now)?;
+        }
+        if stop {
             return Ok(Outcome::Stopped(now.step));
         }
     }
@@ -175,7 +178,7 @@ fn begin(job: &Job<'_>, dirs: &StateDir, model: &MoeLm, adam: &mut AdamW) -> Res
         Some(_) if !job.resume => Err(TrainError::Exists { out: out() }),
         Some(found) if found.recipe != recipe => Err(TrainError::OtherRecipe { out: out() }),
         Some(found) => {
-            dirs.restore(model, adam, found.adam_steps)?;
+            dirs.restore(model, adam, found.step)?;
             Ok(found)
         }
         None => {
@@ -187,7 +190,6 @@ fn begin(job: &Job<'_>, dirs: &StateDir, model: &MoeLm, adam: &mut AdamW) -> Res
                 seconds: 0.0,
                 cursor: Cursor::default(),
                 started: jiff::Timestamp::now().strftime("%FT%TZ").to_string(),
-                adam_steps: 0,
                 evals: Vec::new(),
             })
         }
@@ -347,17 +349,10 @@ pub fn evaluate(
 }
 
 /// Writes the model in Hugging Face layout, then the state.
-fn checkpoint(
-    job: &Job<'_>,
-    dirs: &StateDir,
-    model: &MoeLm,
-    adam: &AdamW,
-    now: &mut Progress,
-) -> Result<(), TrainError> {
+fn checkpoint(job: &Job<'_>, dirs: &StateDir, model: &MoeLm, adam: &AdamW, now: &Progress) -> Result<(), TrainError> {
     let data = job.data;
     let texts = Texts { tokenizer: &data.tokenizer_json, bos: Some(data.bos), eos: Some(data.eos) };
     export(model, &texts, DType::BF16, &job.out.join("model"))?;
-    now.adam_steps = now.step;
     dirs.write(model, adam, now)?;
     Ok(())
 }
