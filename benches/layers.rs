@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_serve::model::hub::{HubOptions, resolve};
 use moe_serve::model::{LoadOptions, Loaded, StepInput, load};
-use moe_serve::moe::router::{ROUTERS, StepTokens};
+use moe_serve::moe::router::{GateInput, ROUTERS, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder};
 use moe_serve::ops::{
     Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout,
@@ -47,12 +47,17 @@ fn routing(c: &mut Criterion) {
             token_t: (0..tokens as u32).collect(),
             position_t: (0..tokens as u32).collect(),
             policy_t: vec![0; tokens],
+            ..Default::default()
         };
         group.throughput(Throughput::Elements(tokens as u64));
         for router in ROUTERS {
             let policies = [Arc::new(Policy::build(&router.example.parse().expect("a spec"), &shape).expect("fits"))];
             group.bench_function(BenchmarkId::new(router.name, tokens), |b| {
-                b.iter(|| RouteCtx::new(&shape, &policies, &step).route(0, black_box(&logits)).expect("routes"));
+                b.iter(|| {
+                    RouteCtx::new(&shape, &policies, &step)
+                        .route(0, GateInput::logits(black_box(&logits)))
+                        .expect("routes")
+                });
             });
         }
     }
@@ -153,6 +158,7 @@ fn step(c: &mut Criterion) {
             token_t: (0..batch as u32).map(|i| 100 + i).collect(),
             position_t: vec![context as u32; batch],
             policy_t: vec![0; batch],
+            ..Default::default()
         };
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &rows };
         group.throughput(Throughput::Elements(batch as u64));

@@ -8,7 +8,7 @@
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 use moe_serve::moe::loss::load_balance;
-use moe_serve::moe::router::StepTokens;
+use moe_serve::moe::router::{GateInput, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx, Routing};
 use moe_serve::ops::grad::{self, Precision};
 use moe_serve::types::{Activation, MoeShape};
@@ -60,9 +60,10 @@ impl MoeLayer {
             token_t: vec![0; tokens],
             position_t: (0..tokens as u32).collect(),
             policy_t: vec![0; tokens],
+            ..Default::default()
         };
         let logits_te: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        let routing = Arc::new(RouteCtx::new(&self.shape, &policy, &step).route(0, &logits_te)?);
+        let routing = Arc::new(RouteCtx::new(&self.shape, &policy, &step).route(0, GateInput::logits(&logits_te))?);
         let weights = grad::route_weights(&logits, &routing, &routing, self.shape.renormalise)?;
         // Rows of tokens, sorted by expert: no tensor is tokens × experts × width.
         let h = grad::expert_linear(x, &self.up, None, &routing, true, Precision::F32)?;

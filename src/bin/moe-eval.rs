@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use indicatif::MultiProgress;
 use moe_serve::engine::api::Generate;
-use moe_serve::engine::{EngineConfig, Found, KvSize, Launched, RequestRouters, Text, default_name};
+use moe_serve::engine::{EngineConfig, Found, KvSize, Launched, RequestRouters, Text, calibrations, default_name};
 use moe_serve::eval::compare::{Arrangement, Plan, evaluate};
 use moe_serve::eval::document::{RunFacts, results, write};
 use moe_serve::eval::report::terminal;
@@ -17,6 +17,7 @@ use moe_serve::eval::{
 use moe_serve::model::hub::{HubOptions, resolve_tokenizer};
 use moe_serve::model::{LoadOptions, hash};
 use moe_serve::moe::Policy;
+use moe_serve::moe::calibration::Calibrations;
 use moe_serve::moe::router::{ROUTERS, find, sweep};
 use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec};
@@ -239,7 +240,7 @@ fn launch(args: &ModelArgs, workers: usize, profile: bool) -> Result<Launched> {
         max_num_seqs: workers,
         max_batched_tokens: args.batch_tokens as usize,
         max_queue: workers,
-        request_routers: Some(RequestRouters { names: Vec::new(), experts_max: Some(usize::MAX) }),
+        request_routers: Some(RequestRouters { names: Vec::new(), experts_max: Some(usize::MAX), files: true }),
         kv_size: args.kv_cache_gb.map(|gb| KvSize::Bytes((gb * f64::from(1 << 30)) as u64)),
         // Prompts that lose tokens because memory is short would be other prompts.
         cut_context: false,
@@ -254,6 +255,8 @@ struct Opened {
     lm: Box<dyn Lm>,
     facts: ModelFacts,
     moe: Option<MoeShape>,
+    /// That routers may name.
+    calibrations: Option<Calibrations>,
     /// Device and dtype: what the bits of answers may depend on.
     device: String,
 }
@@ -279,8 +282,9 @@ fn open(args: &EvalArgs) -> Result<Opened> {
                     top_k: moe.top_k,
                 }),
             };
+            let calibrations = Some(calibrations(&launched.files));
             let lm = Box::new(InProcess::new(Arc::new(launched.engine), launched.text, &launched.shape));
-            Ok(Opened { lm, facts, moe: Some(moe), device })
+            Ok(Opened { lm, facts, moe: Some(moe), calibrations, device })
         }
     }
 }
@@ -308,7 +312,7 @@ fn connect(args: &EvalArgs, url: &str) -> Result<Opened> {
     let name = options.model.clone();
     let lm = Box::new(Http::connect(options, text)?);
     let facts = ModelFacts { name, hash: None, runs_on: url.into(), parameters: None, moe: None };
-    Ok(Opened { lm, facts, moe: None, device: "a server".into() })
+    Ok(Opened { lm, facts, moe: None, calibrations: None, device: "a server".into() })
 }
 
 fn eval(args: &EvalArgs) -> Result<()> {
@@ -321,8 +325,8 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let source = Source { place, unverified: args.unverified, bars: MultiProgress::new() };
     let material = read(&args.tasks, &source, &suite_options(args))?;
     let opened = open(args)?;
-    if let Some(moe) = &opened.moe {
-        routers.iter().try_for_each(|r| Policy::build(&r.spec, moe).map(drop))?;
+    if let (Some(moe), Some(files)) = (&opened.moe, &opened.calibrations) {
+        routers.iter().try_for_each(|r| Policy::build_with(&r.spec, moe, files).map(drop))?;
     }
     let tasks = material.into_iter().map(|m| m.encode(&*opened.lm)).collect::<Result<Vec<_>, _>>()?;
     let log = log(args, &opened, &tasks)?;

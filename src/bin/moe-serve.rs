@@ -130,7 +130,8 @@ fn kv_size(args: &Args) -> Option<KvSize> {
 
 fn request_routers(args: &Args) -> Option<RequestRouters> {
     let names = args.allow_request_router.clone()?;
-    Some(RequestRouters { names, experts_max: args.request_experts_max.map(|k| k as usize) })
+    let experts_max = args.request_experts_max.map(|k| k as usize);
+    Some(RequestRouters { names, experts_max, files: false })
 }
 
 fn router_help() -> String {

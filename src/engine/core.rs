@@ -52,6 +52,8 @@ pub struct RequestRouters {
     pub names: Vec<String>,
     /// Experts per token and layer; the checkpoint's own number without it.
     pub experts_max: Option<usize>,
+    /// Whether they may name calibration files: of this machine, so for programs that run their own engine.
+    pub files: bool,
 }
 
 impl Default for EngineConfig {
@@ -118,6 +120,8 @@ struct LogitRow {
     score: Option<Wanted>,
     /// Whether the next token is drawn from it.
     samples: bool,
+    /// Whether routing reads the surprisal of the next token.
+    keeps: bool,
 }
 
 /// What the forward pass of a step gave.
@@ -302,10 +306,18 @@ impl Core {
             });
             wanted_rows(chunk, seq, tokens.token_t.len(), &mut rows);
             let len = chunk.tokens.len();
+            if seq.policy.signals().surprisal {
+                tokens.surprisal_t.resize(tokens.token_t.len(), f32::NAN);
+                let surprisal = chunk.tokens.first().map(|token| seq.surprisal(chunk.start, *token));
+                tokens.surprisal_t.extend(surprisal);
+            }
             tokens.token_t.extend(&chunk.tokens);
             tokens.position_t.extend((chunk.start..chunk.start + len).map(|p| p as u32));
             tokens.policy_t.extend(std::iter::repeat_n(policy as u16, len));
             segments.push(Segment { start: chunk.start, len, blocks: chunk.blocks.clone() });
+        }
+        if !tokens.surprisal_t.is_empty() {
+            tokens.surprisal_t.resize(tokens.token_t.len(), f32::NAN);
         }
         let layout = StepLayout::new(segments, &self.kv, self.model.backend())?;
         let logit_rows: Vec<u32> = rows.iter().map(|r| r.row).collect();
@@ -321,16 +333,18 @@ impl Core {
         let mut step_work = Work::default();
         // None at all in a model without mixtures.
         let layers = self.model.shape().moe.layers;
-        let mut logit_rows = done.rows.iter().map(|r| r.row).peekable();
+        let mut logit_rows = done.rows.iter().peekable();
         let mut row = 0;
         for chunk in &plan.chunks {
             let Some(seq) = self.seqs.get_mut(&chunk.seq) else { continue };
             for position in chunk.start..chunk.start + chunk.tokens.len() {
                 let k_l = &done.trace.k_tl[row as usize * layers..][..layers];
-                let lm_head = logit_rows.next_if_eq(&row).is_some();
+                let logits = logit_rows.next_if(|logits| logits.row == row);
+                let lm_head = logits.is_some_and(|logits| logits.samples || logits.score.is_some());
                 row += 1;
                 let expert_rows = k_l.iter().map(|k| u64::from(*k)).sum();
-                let work = self.cost.token(position as u64 + 1, expert_rows, lm_head);
+                let mut work = self.cost.token(position as u64 + 1, expert_rows, lm_head);
+                work.forward.ran += self.cost.signals(seq.policy.signals(), lm_head);
                 seq.work += work;
                 step_work += work;
                 seq.routed(position, k_l);
@@ -352,6 +366,11 @@ impl Core {
             let logits = self.model.logits(hidden, part * rows_max, rows.len())?;
             let mut logits = timed(Part::LmHead, 0, || ops::to_host(&logits))?;
             timed(Part::Sampling, 0, || self.score(rows, &logits));
+            for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)).filter(|(row, _)| row.keeps) {
+                if let Some(seq) = self.seqs.get_mut(&row.seq) {
+                    seq.keep(logits);
+                }
+            }
             timed(Part::Sampling, 0, || {
                 for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab)).filter(|(row, _)| row.samples) {
                     let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
@@ -404,8 +423,9 @@ fn wanted_rows(chunk: &Chunk, seq: &Sequence, first: usize, rows: &mut Vec<Logit
     for i in 0..=last {
         let score = seq.scores_next(chunk.start + i);
         let samples = chunk.samples && i == last && seq.generates();
-        if score.is_some() || samples {
-            rows.push(LogitRow { seq: chunk.seq, row: (first + i) as u32, score, samples });
+        let keeps = seq.policy.signals().surprisal;
+        if score.is_some() || samples || keeps {
+            rows.push(LogitRow { seq: chunk.seq, row: (first + i) as u32, score, samples, keeps });
         }
     }
 }

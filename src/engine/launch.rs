@@ -5,8 +5,9 @@ use super::core::{EngineConfig, StartError};
 use super::text::{Text, TextError};
 use super::worker::Engine;
 use crate::model::hub::{Files, HubOptions, bar_style, resolve};
-use crate::model::{LoadError, LoadOptions, load};
+use crate::model::{LoadError, LoadOptions, hash, load};
 use crate::moe::Policy;
+use crate::moe::calibration::Calibrations;
 use crate::types::{ModelShape, RouterSpec, SpecError};
 use indicatif::{HumanCount, MultiProgress, ProgressBar};
 use std::path::{Path, PathBuf};
@@ -91,8 +92,9 @@ impl Found {
         let runs_on = format!("{} with {dtype} weights", backend.describe());
         let weight_bytes = loaded.model.bytes() as u64;
         let text = Text::read(&self.files.tokenizer, shape.vocab)?;
-        let policy = Policy::build(router, &shape.moe)?;
-        let engine = Engine::start(self.name, loaded, text.clone(), policy, config)?;
+        let calibrations = calibrations(&self.files);
+        let policy = Policy::build_with(router, &shape.moe, &calibrations)?;
+        let engine = Engine::start(self.name, loaded, text.clone(), policy, config)?.with_files(calibrations);
         Ok(Launched { engine, files: self.files, shape, runs_on, dtype, text, weight_bytes })
     }
 }
@@ -115,6 +117,12 @@ impl Launched {
             self.runs_on,
         )
     }
+}
+
+/// The calibrations of the checkpoint in `files`.
+pub fn calibrations(files: &Files) -> Calibrations {
+    let files = files.clone();
+    Calibrations::new(move || hash(&files).map_err(|e| e.to_string()))
 }
 
 fn bundled() -> Result<String, LaunchError> {

@@ -78,6 +78,8 @@ pub(super) struct Sequence {
     prompt: Option<PromptTask>,
     /// Experts used per MoE layer by the pass whose logits come next.
     last_k_l: Vec<u16>,
+    /// The logits that the pass before gave, if the policy reads the surprisal of what follows.
+    last_logits: Vec<f32>,
     /// Tokens whose text is not out yet.
     pending: Vec<TokenReport>,
     events: mpsc::Sender<Event>,
@@ -168,6 +170,7 @@ impl Sequence {
                 trace: request.trace,
                 prompt: None,
                 last_k_l: Vec::new(),
+                last_logits: Vec::new(),
                 pending: Vec::new(),
                 events: job.events.clone(),
                 arrived: job.arrived,
@@ -183,7 +186,9 @@ impl Sequence {
         let unscored = job.request.scoring.map_or(usize::MAX, |s| s.from.saturating_sub(1));
         let reuse_max = job.request.reuse_max.unwrap_or(usize::MAX).min(unscored);
         first.caches = job.root.is_some() && reuse_max > 0;
-        Job { first, new: NewSeq { tokens: job.request.prompt, root: job.root, reuse_max } }
+        // A token's surprisal is known once the one before it has passed the model.
+        let chunk_max = if job.policy.signals().surprisal { 1 } else { usize::MAX };
+        Job { first, new: NewSeq { tokens: job.request.prompt, root: job.root, reuse_max, chunk_max } }
     }
 
     /// Whether the client has left.
@@ -206,6 +211,20 @@ impl Sequence {
     /// Whether a token follows the prompt.
     pub(super) fn generates(&self) -> bool {
         self.max_tokens > 0
+    }
+
+    /// Keeps the logits of a pass, for the surprisal of the token that follows.
+    pub(super) fn keep(&mut self, logits: &[f32]) {
+        self.last_logits.clear();
+        self.last_logits.extend(logits);
+    }
+
+    /// −log p of `token` at `position`, the one after the last pass; NaN for the first, which nothing stands before.
+    pub(super) fn surprisal(&self, position: usize, token: TokenId) -> f32 {
+        match self.last_logits.as_slice() {
+            logits if position > 0 && !logits.is_empty() => -TokenScore::of(logits, token, 0).logprob,
+            _ => f32::NAN,
+        }
     }
 
     /// What of the prompt the logits of `position` are to tell.
@@ -247,6 +266,7 @@ impl Sequence {
         for sibling in &mut siblings {
             sibling.admitted = true;
             sibling.last_k_l.clone_from(&self.last_k_l);
+            sibling.last_logits.clone_from(&self.last_logits);
         }
         siblings
     }

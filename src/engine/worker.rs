@@ -9,6 +9,7 @@ use super::sequence::{Accepted, Job, Sequence, Slot};
 use super::text::Text;
 use crate::model::Loaded;
 use crate::moe::Policy;
+use crate::moe::calibration::Calibrations;
 use crate::sched::BlockHash;
 use crate::types::{GenerateRequest, GrammarSpec, Limits, MoeShape, SpecError, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +30,8 @@ pub struct Engine {
     policy: Arc<Policy>,
     prefix_cache: bool,
     request_routers: Option<RequestRouters>,
+    /// That requests may name, if they may.
+    files: Option<Calibrations>,
     grammars: Grammars,
     /// None once draining. Holds at most `info.unfinished_max` jobs: each has at least one of as many slots.
     jobs: Mutex<Option<Sender<Job>>>,
@@ -72,12 +75,20 @@ impl Engine {
             policy: Arc::new(policy),
             prefix_cache: config.prefix_cache,
             request_routers: config.request_routers,
+            files: None,
             grammars,
             jobs: Mutex::new(Some(sender)),
             unfinished: Arc::default(),
             kv_bytes: kv.bytes,
             thread: Mutex::new(Some(thread)),
         })
+    }
+
+    /// Lets requests name `files`, where [`RequestRouters::files`] allows it.
+    pub fn with_files(mut self, files: Calibrations) -> Self {
+        let allowed = self.request_routers.as_ref().is_some_and(|routers| routers.files);
+        self.files = allowed.then_some(files);
+        self
     }
 
     /// Bytes of the KV cache.
@@ -114,7 +125,10 @@ impl Engine {
             let names = allowed.names.join(", ");
             return Err(spec.error(format!("this server lets requests choose among {names} alone")));
         }
-        let policy = Policy::build(spec, &self.moe)?;
+        let policy = match &self.files {
+            Some(files) => Policy::build_with(spec, &self.moe, files)?,
+            None => Policy::build(spec, &self.moe)?,
+        };
         let (k, k_max) = (policy.experts_max(), allowed.experts_max.unwrap_or(self.moe.top_k));
         if k > k_max {
             let problem = format!(
@@ -147,8 +161,9 @@ impl Engine {
         let slots = Slot::take(&self.unfinished, request.n, self.info.unfinished_max).map_err(full)?;
         // The prompt; and of every completion a text per token, the held-back rest, and the end.
         let (events, receiver) = mpsc::channel(1 + request.n * (request.max_tokens + 2));
-        // Who is routed by what else is in the batch computes nothing that others could use.
-        let shares = self.prefix_cache && policy.batch_invariant();
+        // Who is routed by what else is in the batch computes nothing that others could use; and who reads the surprisal
+        // of a token needs the pass over the one before.
+        let shares = self.prefix_cache && policy.batch_invariant() && !policy.signals().surprisal;
         let root = shares.then(|| BlockHash::root(&policy.spec().to_string(), &request.cache_salt));
         let accepted = Accepted { request, policy, root, grammar, events, arrived: Instant::now(), slots };
         let job = Sequence::job(accepted, &self.text, &self.eos);

@@ -4,6 +4,7 @@ use super::lm::{Chosen, Encoder, Generated, How, Lm, LmError, Reads, Routed, Sco
 use crate::engine::Text;
 use crate::engine::api::{Event, Generate, PromptReport, TokenReport};
 use crate::moe::cost::CostModel;
+use crate::moe::router::{Signals, signals};
 use crate::types::{GenerateRequest, ModelShape, PromptScoring, RouterSpec, TokenId, Work};
 use std::ops::Range;
 use std::sync::Arc;
@@ -54,17 +55,19 @@ impl InProcess {
     pub(super) fn run(&self, prompt: &[TokenId], max_tokens: usize, router: &RouterSpec) -> Result<Routed, LmError> {
         let how = How { router: Some(router), shared: 0 };
         let request = GenerateRequest { ignore_eos: true, ..Self::request(prompt, max_tokens, &how) };
-        Ok(self.routed(&self.ask(request)?, 0, prompt.len() - 1..prompt.len()))
+        Ok(self.routed(&self.ask(request)?, &how, prompt.len() - 1..prompt.len()))
     }
 
-    /// Counts the passes over the prompt's tokens from `shared` on, of which those in `scored` were followed by the LM
+    /// Counts the passes over the prompt's tokens from `how.shared` on, of which those in `scored` were followed by the LM
     /// head, and over the completion's tokens but the last.
-    fn routed(&self, answered: &Answered, shared: usize, scored: Range<usize>) -> Routed {
+    fn routed(&self, answered: &Answered, how: &How<'_>, scored: Range<usize>) -> Routed {
+        let read: Signals = signals(how.router.unwrap_or(&self.engine.info().router));
         let mut routed = Routed { rows_l: vec![0; self.moe_layers], ..Default::default() };
         let mut work = Work::default();
         let mut pass = |position: usize, k_l: &[u16], lm_head: bool| {
             let rows = k_l.iter().map(|k| u64::from(*k)).sum();
             work += self.cost.token(position as u64 + 1, rows, lm_head);
+            work.forward.ran += self.cost.signals(read, lm_head);
             routed.rows_l.iter_mut().zip(k_l).for_each(|(sum, k)| *sum += u64::from(*k));
             for k in k_l.iter().map(|k| usize::from(*k)) {
                 routed.k_histogram.resize(routed.k_histogram.len().max(k + 1), 0);
@@ -72,7 +75,7 @@ impl InProcess {
             }
         };
         let prompt = &answered.prompt.experts;
-        for (position, k_l) in prompt.iter().enumerate().skip(shared) {
+        for (position, k_l) in prompt.iter().enumerate().skip(how.shared) {
             if let Some(k_l) = k_l {
                 pass(position, k_l, scored.contains(&position));
             }
@@ -129,7 +132,7 @@ impl Lm for InProcess {
                     let request = GenerateRequest { scoring, ..Self::request(&prompt, 0, how) };
                     let answered = self.ask(request)?;
                     whole(&answered.prompt, stem.len() + 1)?;
-                    routed.add(&self.routed(&answered, how.shared, from - 1..prompt.len()));
+                    routed.add(&self.routed(&answered, how, from - 1..prompt.len()));
                     asked.push((stem, answered.prompt.distributions));
                     asked.len() - 1
                 }
@@ -149,14 +152,14 @@ impl Lm for InProcess {
     ) -> Result<Generated, LmError> {
         let request = GenerateRequest { stop: until.to_vec(), ..Self::request(prompt, max_tokens, how) };
         let answered = self.ask(request)?;
-        let routed = self.routed(&answered, how.shared, prompt.len() - 1..prompt.len());
+        let routed = self.routed(&answered, how, prompt.len() - 1..prompt.len());
         Ok(Generated { text: answered.text, routed: Some(routed) })
     }
 
     fn score(&self, window: &[TokenId], how: &How<'_>) -> Result<Scored, LmError> {
         let scoring = Some(PromptScoring { top: 0, from: 1, whole: false });
         let answered = self.ask(GenerateRequest { scoring, ..Self::request(window, 0, how) })?;
-        let routed = self.routed(&answered, how.shared, 0..window.len() - 1);
+        let routed = self.routed(&answered, how, 0..window.len() - 1);
         let logprobs = answered.prompt.scores.iter().flatten().map(|score| f64::from(score.logprob)).collect();
         Ok(Scored { logprobs, routed: Some(routed) })
     }

@@ -1,11 +1,12 @@
 //! The decoder that all families are variants of: attention and feed-forward with residuals around them.
 
-use crate::moe::{MoeLayer, RouteCtx};
+use crate::moe::router::LENS_TOKENS;
+use crate::moe::{MoeLayer, RouteCtx, TokenSignals};
 use crate::ops::profile::{Part, timed};
-use crate::ops::{self, Backend, Embedding, FeedForward, KvCache, Linear, Norm, Rotary, StepLayout};
+use crate::ops::{self, Backend, Embedding, FeedForward, HostTensor, KvCache, Linear, Norm, Rotary, StepLayout};
 use crate::types::{ModelShape, TokenId};
 use candle_core::{Result, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A loaded causal language model. Immutable: KV and routing state are arguments of [`CausalLm::forward`].
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct CausalLm {
     /// The embedding's own table where the two are tied.
     pub(super) lm_head: Arc<Linear>,
     pub(super) rotary: Option<Rotary>,
+    /// Some rows of the LM head, once a router has asked for them.
+    pub(super) lens: OnceLock<Linear>,
     pub(super) tied: bool,
 }
 
@@ -86,7 +89,10 @@ impl CausalLm {
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
                 Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
-                Ffn::Moe(moe) => moe.forward(&normed, routes)?,
+                Ffn::Moe(moe) => {
+                    let lens_tm = if routes.signals().lens { self.read_out(&x)? } else { Vec::new() };
+                    moe.forward(&normed, &TokenSignals { attention_entropy_t: Vec::new(), lens_tm }, routes)?
+                }
             };
             x = (x + out)?;
         }
@@ -104,6 +110,24 @@ impl CausalLm {
     /// A failure of the device.
     pub fn logits(&self, hidden: &Tensor, start: usize, len: usize) -> Result<Tensor> {
         timed(Part::LmHead, 0, || self.lm_head.forward(&hidden.narrow(0, start, len)?))
+    }
+
+    /// What the residual stream `x [T, D]` says already of some tokens of the vocabulary, as if no layer followed:
+    /// `[T, LENS_TOKENS]`.
+    fn read_out(&self, x: &Tensor) -> Result<Vec<f32>> {
+        if self.lens.get().is_none() {
+            let (vocab, hidden) = (self.shape.vocab, self.shape.hidden);
+            let count = LENS_TOKENS.min(vocab);
+            // Tokenizers number frequent tokens first: spread evenly, there are some of every frequency.
+            let rows: Vec<u32> = (0..count).map(|i| (i * vocab / count) as u32).collect();
+            let rows = HostTensor::from_f32(&[count, hidden], &ops::to_host(&self.lm_head.rows(&rows)?)?);
+            // Who was faster made the same.
+            let _ = self.lens.set(Linear::full_precision(&rows, &self.backend)?);
+        }
+        match self.lens.get() {
+            Some(lens) => ops::to_host(&lens.forward(&self.norm.forward(x)?)?),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn attend(&self, layer: usize, a: &Attention, x: &Tensor, layout: &StepLayout, kv: &mut KvCache) -> Result<Tensor> {

@@ -8,7 +8,7 @@ use crate::ops::{
     Backend, Embedding, ExpertsBuilder, FeedForward, HostFfn, HostLinear, HostTensor, Linear, Norm, Rotary,
 };
 use crate::types::{FfnShape, ModelShape};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Takes tensors from a checkpoint and hands out parts on a backend.
 pub(super) struct Loader<'a> {
@@ -146,7 +146,7 @@ impl Loader<'_> {
                 gate: self.linear(&format!("{prefix}.shared_expert_gate"), 1, d, false)?,
             }),
         };
-        Ok(MoeLayer { index, gate, experts, shared })
+        Ok(MoeLayer::new(index, gate, experts, shared))
     }
 
     fn attention(
@@ -234,6 +234,7 @@ impl Loader<'_> {
             norm,
             lm_head,
             rotary,
+            lens: OnceLock::new(),
             tied: base.tied,
         })
     }

@@ -3,10 +3,11 @@
 //! A multiply-add is 2 FLOPs. Two scopes, always named: `experts` (the routed experts' FFNs only) and
 //! `forward` (every matrix product: attention projections and scores at the true context length, gates, routed
 //! and shared experts, dense FFNs, LM head on the rows it ran on). Norms, activations, biases and softmax are left
-//! out of both. A saving is `1 − ran / native`: below zero when the router cost more. Native is static top-k0, also for
+//! out of both. What a router computes for itself counts as run, not as native. A saving is `1 − ran / native`: below zero when the router cost more. Native is static top-k0, also for
 //! a checkpoint whose own rule is another one ([`crate::types::MoeShape::router`]).
 
 use super::StepTrace;
+use super::router::{LENS_TOKENS, Signals};
 use crate::types::{Activation, FfnShape, Flops, ModelShape, Work};
 
 /// The price list of one model.
@@ -23,6 +24,10 @@ pub struct CostModel {
     lm_head_flops: u64,
     native_rows: u64,
     moe_layers: u64,
+    /// Per token and MoE layer, for the products of the gate's rows.
+    gram_flops: u64,
+    /// Per token and MoE layer, for the early read-out.
+    lens_flops: u64,
 }
 
 impl CostModel {
@@ -55,6 +60,8 @@ impl CostModel {
             lm_head_flops: 2 * d * shape.vocab as u64,
             native_rows: (moe.layers * moe.top_k) as u64,
             moe_layers: moe.layers as u64,
+            gram_flops: 2 * (moe.experts * moe.experts) as u64,
+            lens_flops: 2 * d * LENS_TOKENS.min(shape.vocab) as u64,
         }
     }
 
@@ -66,6 +73,15 @@ impl CostModel {
         let experts = Flops { ran: expert_rows * self.expert_flops, native: self.native_rows * self.expert_flops };
         let forward = Flops { ran: other + experts.ran, native: other + experts.native };
         Work { tokens: 1, moe_visits: self.moe_layers, expert_rows, experts, forward }
+    }
+
+    /// What one token costs a router that reads `signals`, over native routing; it is part of scope `forward`. `lm_head`
+    /// tells whether the token's logits are computed anyway.
+    pub fn signals(&self, signals: Signals, lm_head: bool) -> u64 {
+        let gram = if signals.gram { self.gram_flops } else { 0 };
+        let lens = if signals.lens { self.lens_flops } else { 0 };
+        let head = if signals.surprisal && !lm_head { self.lm_head_flops } else { 0 };
+        self.moe_layers * (gram + lens) + head
     }
 }
 

@@ -28,6 +28,8 @@ pub enum RoutingError {
     Twice { token: usize, expert: usize },
     #[error("token {token} was routed twice or is outside the step's {tokens} tokens")]
     UnexpectedToken { token: usize, tokens: usize },
+    #[error("a router reads {name}, which there is none of here")]
+    Signal { name: &'static str },
     #[error("the weight of expert {expert} for token {token} is {weight}")]
     Weight { token: usize, expert: usize, weight: f32 },
 }

@@ -53,6 +53,15 @@ impl Linear {
         }
     }
 
+    /// Rows of W: `[rows, I]`. They must be there.
+    pub fn rows(&self, rows: &[u32]) -> Result<Tensor> {
+        match &self.weight {
+            Weight::Cpu(w) => cpu::embed(rows, w),
+            #[cfg(feature = "cuda")]
+            Weight::Cuda(w) => w.rows(rows),
+        }
+    }
+
     /// Bytes the weight takes.
     pub fn bytes(&self) -> usize {
         match &self.weight {
@@ -89,10 +98,6 @@ impl Embedding {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
             candle_core::bail!("{id} was looked up in a table of {} embeddings", self.rows);
         }
-        match &self.table.weight {
-            Weight::Cpu(w) => cpu::embed(ids, w),
-            #[cfg(feature = "cuda")]
-            Weight::Cuda(w) => w.rows(ids),
-        }
+        self.table.rows(ids)
     }
 }

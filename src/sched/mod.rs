@@ -39,6 +39,8 @@ pub struct NewSeq {
     pub root: Option<BlockHash>,
     /// Leading tokens that may be taken over from the cache. At least the last token is always computed.
     pub reuse_max: usize,
+    /// Most tokens of it in one step, at least 1.
+    pub chunk_max: usize,
 }
 
 /// What one step computes.
@@ -88,6 +90,7 @@ struct Seq {
     /// Of the first full blocks, as far as they were needed.
     hashes: Vec<BlockHash>,
     reuse_max: usize,
+    chunk_max: usize,
 }
 
 impl Seq {
@@ -134,9 +137,9 @@ impl Scheduler {
     /// Adds a sequence. The caller sees to it that prompt and completion fit [`Self::capacity`].
     pub fn add(&mut self, id: SeqId, new: NewSeq) {
         debug_assert!(!new.tokens.is_empty() && new.tokens.len() <= self.capacity());
-        let NewSeq { tokens, root, reuse_max } = new;
+        let NewSeq { tokens, root, reuse_max, chunk_max } = new;
         let (blocks, hashes) = (Vec::new(), Vec::new());
-        let seq = Seq { tokens, computed: 0, blocks, registered: 0, root, hashes, reuse_max };
+        let seq = Seq { tokens, computed: 0, blocks, registered: 0, root, hashes, reuse_max, chunk_max };
         let replaced = self.seqs.insert(id, seq);
         debug_assert!(replaced.is_none(), "{id:?} was added twice");
         self.waiting.push_back(id);
@@ -211,7 +214,7 @@ impl Scheduler {
             if self.seqs[&id].left() <= 1 {
                 continue;
             }
-            let want = self.seqs[&id].left().min(*budget);
+            let want = self.seqs[&id].left().min(self.seqs[&id].chunk_max).min(*budget);
             while self.room(id) == 0 {
                 let youngest = self.running[self.running.len() - 1];
                 // A sequence of this step keeps its blocks; it frees them when it ends.
@@ -243,7 +246,7 @@ impl Scheduler {
             self.running.push(id);
             let cached = self.take_over(id, found);
             plan.admitted.push(Admitted { seq: id, cached });
-            let len = (known - cached).min(*budget);
+            let len = (known - cached).min(self.seqs[&id].chunk_max).min(*budget);
             let reserved = self.reserve(id, len, plan);
             debug_assert!(reserved, "blocks were counted just now");
             self.schedule(id, len, plan, budget);

@@ -9,7 +9,7 @@ fn scheduler(blocks: usize, block_size: usize, max_num_seqs: usize, max_batched_
 }
 
 fn new_seq(tokens: Vec<TokenId>) -> NewSeq {
-    NewSeq { tokens, root: Some(BlockHash::root("native", "")), reuse_max: usize::MAX }
+    NewSeq { tokens, root: Some(BlockHash::root("native", "")), reuse_max: usize::MAX, chunk_max: usize::MAX }
 }
 
 /// Commits a plan whose sampling chunks all drew `token`.
@@ -94,7 +94,7 @@ fn blocks_are_shared_neither_across_policies_nor_salts_nor_beyond_what_may_be_re
         s.add(SeqId(1), new_seq((0..10).collect()));
         let plan = s.plan();
         commit(&mut s, &plan, 50);
-        s.add(SeqId(2), NewSeq { tokens: (0..10).collect(), root, reuse_max });
+        s.add(SeqId(2), NewSeq { tokens: (0..10).collect(), root, reuse_max, chunk_max: usize::MAX });
         assert_eq!(s.plan().admitted, [Admitted { seq: SeqId(2), cached }]);
     }
 }
@@ -200,7 +200,7 @@ impl World {
         let id = self.id();
         // Root 2 never shares.
         let hash = (root < 2).then(|| BlockHash::root("policy", &root.to_string()));
-        self.s.add(id, NewSeq { tokens: tokens.clone(), root: hash, reuse_max });
+        self.s.add(id, NewSeq { tokens: tokens.clone(), root: hash, reuse_max, chunk_max: usize::MAX });
         self.live.insert(id, Model { tokens, prompt, total, computed: 0, root, forks });
     }
 

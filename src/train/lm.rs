@@ -5,7 +5,8 @@
 
 use super::recipe::{ModelSpec, Norm, Position};
 use crate::moe::loss::AuxLosses;
-use crate::moe::{Policy, RouteCtx, Routing, StepTrace, router::StepTokens};
+use crate::moe::router::{GateInput, Signals, StepTokens};
+use crate::moe::{Policy, RouteCtx, Routing, StepTrace};
 use crate::ops::grad::{self, AttentionShape, Precision, RopeTable};
 use crate::types::{Activation, MoeShape, RouterSpec, SpecError};
 use candle_core::{Device, Result, Tensor, Var};
@@ -179,6 +180,10 @@ impl MoeLm {
         // A model without mixtures has a router by name only.
         let router = if spec.experts == 0 { &RouterSpec::native() } else { &spec.router };
         let policy = Policy::build(router, &moe)?;
+        let given = Signals { hidden: true, gram: true, ..Default::default() };
+        if let [name, ..] = policy.signals().missing(given)[..] {
+            return Err(spec.router.error(format!("reads {name}, which is not there in training")).into());
+        }
         if spec.router.options.iter().any(|(key, _)| key == "weights") {
             let problem =
                 "training takes the family's own weights; write `renormalise` in the recipe's [model] instead";
@@ -279,7 +284,8 @@ impl MoeLm {
             candle_core::bail!("{} tokens are no {batch} sequences of at most {}", tokens.len(), self.spec.context);
         }
         let position_t: Vec<u32> = (0..batch).flat_map(|_| 0..seq as u32).collect();
-        let step = StepTokens { token_t: tokens.to_vec(), policy_t: vec![0; tokens.len()], position_t };
+        let policy_t = vec![0; tokens.len()];
+        let step = StepTokens { token_t: tokens.to_vec(), policy_t, position_t, ..Default::default() };
         let mut pass = Pass {
             model: self,
             mode,
@@ -412,7 +418,13 @@ impl Pass<'_> {
         let z = grad::linear(x, gate, None, Precision::F32)?;
         let logits_te = crate::ops::to_host(&z)?;
         let index = self.out.routing_l.len();
-        let chosen = Arc::new(self.routes.route(index, &logits_te).map_err(candle_core::Error::wrap)?);
+        let asked = self.routes.signals();
+        let input = GateInput {
+            hidden_td: &if asked.hidden { crate::ops::to_host(x)? } else { Vec::new() },
+            gram_ee: &if asked.gram { crate::ops::to_host(&gate.matmul(&gate.t()?)?)? } else { Vec::new() },
+            ..GateInput::logits(&logits_te)
+        };
+        let chosen = Arc::new(self.routes.route(index, input).map_err(candle_core::Error::wrap)?);
         let mut routing = chosen.clone();
         if let (Mode::Train { .. }, Some(factor)) = (self.mode, model.spec.capacity) {
             let even = chosen.rows() as f64 / model.moe.experts as f64;

@@ -275,7 +275,7 @@ async fn a_trace_tells_the_experts_that_the_books_count() {
 async fn requests_choose_routers_within_the_operators_bounds() {
     let only = |names: &[&str], experts_max| {
         let names = names.iter().map(|n| n.to_string()).collect();
-        let request_routers = Some(RequestRouters { names, experts_max });
+        let request_routers = Some(RequestRouters { names, experts_max, files: false });
         let config = EngineConfig { request_routers, ..ServerOptions::default().config };
         Server::start(ServerOptions { config, ..Default::default() })
     };

@@ -1,9 +1,11 @@
 //! Reads a router's arguments with one kind of message for every mistake.
 
-use super::RouterEntry;
-use crate::types::{RouterSpec, SpecError};
+use super::{RouterEntry, Weights};
+use crate::moe::calibration::{Calibration, Calibrations};
+use crate::types::{MoeShape, RouterSpec, SpecError};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// The arguments of one specification, taken one by one; what is left over is an error.
 pub struct SpecArgs<'a> {
@@ -12,11 +14,18 @@ pub struct SpecArgs<'a> {
     options: Vec<(String, String)>,
     /// Options the router asked for, to list when an unknown one is given.
     known: Vec<&'static str>,
+    /// The files that may be named; none in what a request asks for.
+    files: Option<&'a Calibrations>,
+    /// The file that was read.
+    calibration: Option<Arc<Calibration>>,
+    /// How outputs are weighed unless the specification says otherwise.
+    pub(super) weights: Weights,
 }
 
 impl<'a> SpecArgs<'a> {
-    pub(super) fn new(spec: &'a RouterSpec, entry: &'a RouterEntry) -> Self {
-        Self { spec, entry, options: spec.options.clone(), known: Vec::new() }
+    pub(super) fn new(spec: &'a RouterSpec, entry: &'a RouterEntry, files: Option<&'a Calibrations>) -> Self {
+        let options = spec.options.clone();
+        Self { spec, entry, options, known: Vec::new(), files, calibration: None, weights: Weights::Native }
     }
 
     /// An error that ends with the grammar and an example.
@@ -47,6 +56,28 @@ impl<'a> SpecArgs<'a> {
         }
     }
 
+    /// The calibration that the option `cal` names, or none without it.
+    pub fn option_calibration(&mut self, shape: &MoeShape) -> Result<Option<Arc<Calibration>>, SpecError> {
+        if let Some(path) = self.take("cal") {
+            self.open(&path, shape)?;
+        }
+        Ok(self.calibration.clone())
+    }
+
+    /// The calibration that the option `cal` names.
+    pub fn calibration(&mut self, what_for: &str, shape: &MoeShape) -> Result<Arc<Calibration>, SpecError> {
+        let calibration = self.option_calibration(shape)?;
+        calibration.ok_or_else(|| self.error(format!("{what_for} needs cal=FILE, which moe-calibrate makes")))
+    }
+
+    /// Reads the calibration at `path`.
+    pub fn open(&mut self, path: &str, shape: &MoeShape) -> Result<Arc<Calibration>, SpecError> {
+        let files = self.files.ok_or_else(|| self.error("names a file, which requests may not"))?;
+        let calibration = files.open(path, shape).map_err(|problem| self.error(problem))?;
+        self.calibration = Some(calibration.clone());
+        Ok(calibration)
+    }
+
     /// A share: a number in (0, 1].
     pub fn share(&self, what: &str, text: &str) -> Result<f32, SpecError> {
         match text.parse::<f32>() {
@@ -65,6 +96,11 @@ impl<'a> SpecArgs<'a> {
                     .error(format!("{what} must be a whole number from {low} to {high} for this model; got {text}")))
             }
         }
+    }
+
+    /// Whether the option `key` is given and not taken yet.
+    pub fn has(&self, key: &str) -> bool {
+        self.options.iter().any(|(k, _)| k == key)
     }
 
     fn take(&mut self, key: &'static str) -> Option<String> {
@@ -105,6 +141,12 @@ impl<'a> SpecArgs<'a> {
             return Err(self.error(format!("min must not be above max; got min={min}, max={max}")));
         }
         Ok(min..=max)
+    }
+
+    /// The option `key` as a share.
+    pub fn option_share(&mut self, key: &'static str) -> Result<Option<f32>, SpecError> {
+        let Some(text) = self.take(key) else { return Ok(None) };
+        self.share(key, &text).map(Some)
     }
 
     /// Refuses what no one asked for.

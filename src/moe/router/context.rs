@@ -1,9 +1,10 @@
 //! Applies the policies of one step, layer by layer, and counts what they did.
 
 use super::gate::GateTable;
-use super::{GateView, Policy};
-use crate::moe::{Routing, RoutingBuilder, RoutingError};
+use super::{GateInput, GateView, Policy, Signals};
+use crate::moe::{MoeLayer, Routing, RoutingBuilder, RoutingError};
 use crate::types::{MoeShape, TokenId};
+use candle_core::Tensor;
 use std::sync::Arc;
 
 /// The tokens of one step, as routing needs them; one entry per token.
@@ -14,6 +15,13 @@ pub struct StepTokens {
     pub position_t: Vec<u32>,
     /// Index into the step's policies.
     pub policy_t: Vec<u16>,
+    /// −log p of the token after what stands before it, in nats, by the model as its policy runs it; NaN where it is not
+    /// known, as for the first. Empty in steps where no policy reads it.
+    pub surprisal_t: Vec<f32>,
+    /// Whose the token is: tokens of different tenants are never routed by one another. Empty where all are one's.
+    pub tenant_t: Vec<u32>,
+    /// Whether the token is the only one of its sequence in the step, as in decoding. Empty where none is.
+    pub decodes_t: Vec<bool>,
 }
 
 /// What routing did in one step, in counts; exact, and taken from values that are on the host anyway.
@@ -34,6 +42,15 @@ pub struct StepTrace {
     pub entropy_l: Vec<f64>,
 }
 
+/// Looks at every mixture of a step as it is routed: how calibration sees a model.
+pub trait Probe {
+    /// `layer` is about to run on `x [T, D]`, whose tokens are all in `gate`, with every signal.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    fn visit(&mut self, layer: &MoeLayer, x: &Tensor, gate: &GateView<'_>) -> candle_core::Result<()>;
+}
+
 /// Routing state of one step: made before the forward pass, read after it.
 pub struct RouteCtx<'a> {
     shape: &'a MoeShape,
@@ -41,8 +58,10 @@ pub struct RouteCtx<'a> {
     step: &'a StepTokens,
     /// Rows of each policy, `[policies]`.
     rows_p: Vec<Vec<u32>>,
+    signals: Signals,
     table: GateTable,
     trace: StepTrace,
+    probe: Option<&'a mut dyn Probe>,
 }
 
 impl<'a> RouteCtx<'a> {
@@ -59,27 +78,56 @@ impl<'a> RouteCtx<'a> {
             entropy_l: vec![0.0; shape.layers],
             ..Default::default()
         };
-        Self { shape, policies, step, rows_p, table: GateTable::default(), trace }
+        let read = policies.iter().zip(&rows_p).filter(|(_, rows)| !rows.is_empty());
+        let signals = read.fold(Signals::default(), |all, (policy, _)| all | policy.signals());
+        Self { shape, policies, step, rows_p, signals, table: GateTable::default(), trace, probe: None }
     }
 
-    /// Routes MoE layer `layer` (counted among the MoE layers) by its gate's `logits_te`, `[T, E]`.
+    /// The same with a `probe` that looks on.
+    pub fn probed(self, probe: &'a mut dyn Probe) -> Self {
+        Self { signals: Signals { surprisal: self.signals.surprisal, ..Signals::ALL }, probe: Some(probe), ..self }
+    }
+
+    /// What the step's policies read beside the gate's logits.
+    pub fn signals(&self) -> Signals {
+        self.signals
+    }
+
+    /// Routes MoE layer `layer` (counted among the MoE layers) by its gate.
     ///
     /// # Errors
-    /// A router that breaks an invariant of [`Routing`].
-    pub fn route(&mut self, layer: usize, logits_te: &[f32]) -> Result<Routing, RoutingError> {
+    /// A signal that a policy reads and that is not there, or a router that breaks an invariant of [`Routing`].
+    pub fn route(&mut self, layer: usize, input: GateInput<'_>) -> Result<Routing, RoutingError> {
         let tokens = self.step.token_t.len();
-        assert_eq!(logits_te.len(), tokens * self.shape.experts, "one logit per token and expert");
-        self.table.fill(logits_te, self.shape.experts);
+        assert_eq!(input.logits_te.len(), tokens * self.shape.experts, "one logit per token and expert");
+        let have = Signals { surprisal: !self.step.surprisal_t.is_empty(), ..input.signals() };
+        if let [name, ..] = self.signals.missing(have)[..] {
+            return Err(RoutingError::Signal { name });
+        }
+        self.table.fill(input.logits_te, self.shape.experts);
         let mut builder = RoutingBuilder::new(tokens, self.shape.experts);
         for (policy, rows) in self.policies.iter().zip(&self.rows_p) {
             if !rows.is_empty() {
                 let (table, step) = (&self.table, self.step);
-                policy.route(&GateView { layer, shape: self.shape, table, step, rows }, &mut builder);
+                policy.route(&GateView { layer, shape: self.shape, table, input, step, rows }, &mut builder);
             }
         }
         let routing = builder.finish(tokens)?;
         self.count(layer, &routing);
         Ok(routing)
+    }
+
+    /// Shows the layer that was just routed to the probe, if there is one.
+    pub(in crate::moe) fn probe(
+        &mut self,
+        layer: &MoeLayer,
+        x: &Tensor,
+        input: GateInput<'_>,
+    ) -> candle_core::Result<()> {
+        let Some(probe) = &mut self.probe else { return Ok(()) };
+        let rows: Vec<u32> = (0..self.step.token_t.len() as u32).collect();
+        let (table, step, shape) = (&self.table, self.step, self.shape);
+        probe.visit(layer, x, &GateView { layer: layer.index, shape, table, input, step, rows: &rows })
     }
 
     fn count(&mut self, layer: usize, routing: &Routing) {

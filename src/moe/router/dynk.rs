@@ -3,6 +3,7 @@
 //! The rule is the cumulative-probability ("top-p") routing of Huang et al., "Harder Tasks Need More Experts"
 //! (arXiv 2403.07652), there trained in; here it is applied to a checkpoint trained with a fixed k0.
 
+use super::rule::fewest;
 use super::{GateView, Router, RouterEntry, TokenGate, choose_top};
 use crate::moe::RoutingBuilder;
 use crate::types::MoeShape;
@@ -51,21 +52,7 @@ struct DynK {
 
 impl DynK {
     fn k_of(&self, token: &TokenGate<'_>, experts: usize) -> usize {
-        // A softmax is positive everywhere, so the whole mass takes every expert, also where the last ones
-        // are too small to move a floating-point sum.
-        if self.tau == 1.0 {
-            return experts;
-        }
-        let p = |rank: usize| f64::from(token.probs_e[token.order_e[rank] as usize]);
-        let goal = f64::from(self.tau) * (0..experts).map(p).sum::<f64>();
-        let mut gathered = 0.0;
-        for rank in 0..experts {
-            gathered += p(rank);
-            if gathered >= goal {
-                return rank + 1;
-            }
-        }
-        experts
+        fewest(self.tau, token.order_e[..experts].iter().map(|&e| f64::from(token.probs_e[e as usize])))
     }
 }
 

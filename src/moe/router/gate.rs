@@ -1,6 +1,6 @@
 //! The gate as routers see it: probabilities and order, computed once per layer for all of them.
 
-use super::StepTokens;
+use super::{GateInput, StepTokens};
 use crate::types::{MoeShape, TokenId};
 
 /// Softmax of the gate over all experts and its descending order, for every token of the step.
@@ -64,15 +64,18 @@ pub struct GateView<'a> {
     pub layer: usize,
     pub shape: &'a MoeShape,
     pub(super) table: &'a GateTable,
+    pub(super) input: GateInput<'a>,
     pub(super) step: &'a StepTokens,
     /// Rows of the step this policy routes.
     pub(super) rows: &'a [u32],
 }
 
-/// One token's gate.
+/// One token's gate, and the signals that the policy asks for.
 pub struct TokenGate<'a> {
     /// Row of the token in the step.
     pub row: usize,
+    /// Index among the model's MoE layers.
+    pub layer: usize,
     /// Softmax over all experts, `[E]`.
     pub probs_e: &'a [f32],
     /// Experts, most probable first, `[E]`.
@@ -80,6 +83,20 @@ pub struct TokenGate<'a> {
     /// Position in its sequence.
     pub position: u32,
     pub token: TokenId,
+    /// The gate's input, `[D]`, or nothing.
+    pub hidden_d: &'a [f32],
+    /// See [`GateInput::gram_ee`].
+    pub gram_ee: &'a [f32],
+    /// See [`GateInput::lens_tm`]; `[M]`, or nothing.
+    pub lens_m: &'a [f32],
+    /// See [`GateInput::attention_entropy_t`]; NaN where it is not known.
+    pub attention_entropy: f32,
+    /// See [`StepTokens::surprisal_t`]; NaN where it is not known.
+    pub surprisal: f32,
+    /// See [`StepTokens::tenant_t`].
+    pub tenant: u32,
+    /// See [`StepTokens::decodes_t`].
+    pub decodes: bool,
 }
 
 impl TokenGate<'_> {
@@ -92,13 +109,36 @@ impl TokenGate<'_> {
 impl GateView<'_> {
     /// The tokens to route.
     pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
-        self.rows.iter().map(|&row| {
-            let row = row as usize;
-            let (probs_e, order_e) = self.table.row(row);
-            let (position, token) = (self.step.position_t[row], self.step.token_t[row]);
-            TokenGate { row, probs_e, order_e, position, token }
-        })
+        self.rows.iter().map(|&row| self.token(row as usize))
     }
+
+    /// The token at `row` of the step.
+    fn token(&self, row: usize) -> TokenGate<'_> {
+        let (probs_e, order_e) = self.table.row(row);
+        let tokens = self.step.token_t.len();
+        let known = |values_t: &[f32]| values_t.get(row).copied().unwrap_or(f32::NAN);
+        TokenGate {
+            row,
+            layer: self.layer,
+            probs_e,
+            order_e,
+            position: self.step.position_t[row],
+            token: self.step.token_t[row],
+            hidden_d: row_of(self.input.hidden_td, row, tokens),
+            gram_ee: self.input.gram_ee,
+            lens_m: row_of(self.input.lens_tm, row, tokens),
+            attention_entropy: known(self.input.attention_entropy_t),
+            surprisal: known(&self.step.surprisal_t),
+            tenant: self.step.tenant_t.get(row).copied().unwrap_or(0),
+            decodes: self.step.decodes_t.get(row).copied().unwrap_or(false),
+        }
+    }
+}
+
+/// Row `row` of `values`, `[T, width]` or empty.
+fn row_of(values: &[f32], row: usize, tokens: usize) -> &[f32] {
+    let width = values.len() / tokens;
+    &values[row * width..(row + 1) * width]
 }
 
 #[cfg(test)]

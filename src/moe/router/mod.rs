@@ -11,26 +11,43 @@
 mod args;
 mod complexity;
 mod context;
+mod contrib;
 mod dynk;
+mod estimator;
 mod gate;
 mod layers;
 mod native;
+mod policy;
 mod ratio;
+mod rule;
+mod signals;
+mod skip;
 mod threshold;
 mod topk;
 mod uniform;
 
 pub use args::SpecArgs;
-pub use context::{RouteCtx, StepTokens, StepTrace};
+pub use complexity::Complexity;
+pub use context::{Probe, RouteCtx, StepTokens, StepTrace};
+pub use estimator::{ESTIMATORS, Estimator, EstimatorEntry, estimator};
 pub use gate::{GateView, TokenGate};
+pub use rule::Rule;
+pub use signals::{GateInput, LENS_TOKENS, Signals};
 
 use super::RoutingBuilder;
+use super::calibration::{Calibration, Calibrations};
 use crate::types::{MoeShape, RouterSpec, SpecError};
+use std::sync::Arc;
 
 /// A rule that chooses experts.
 pub trait Router: Send + Sync {
     /// Chooses at least one expert, most probable first, for every token of `gate`.
     fn route(&self, gate: &GateView<'_>, out: &mut RoutingBuilder);
+
+    /// What it reads beside the gate's probabilities.
+    fn signals(&self) -> Signals {
+        Signals::default()
+    }
 
     /// Whether a token's experts are the same whatever else is in the step.
     fn batch_invariant(&self) -> bool {
@@ -53,7 +70,7 @@ pub struct RouterEntry {
     pub summary: &'static str,
     /// The rule as a formula.
     pub formula: &'static str,
-    /// An example that every model accepts.
+    /// An example that every model accepts, given the file that it names, if it names one.
     pub example: &'static str,
     /// Whether the number of experts depends on the token.
     pub dynamic: bool,
@@ -73,7 +90,10 @@ pub static ROUTERS: &[RouterEntry] = &[
     dynk::ENTRY,
     ratio::ENTRY,
     threshold::ENTRY,
+    skip::ENTRY,
+    contrib::ENTRY,
     complexity::ENTRY,
+    policy::ENTRY,
     uniform::ENTRY,
 ];
 
@@ -86,6 +106,12 @@ pub fn find(spec: &RouterSpec) -> Result<&'static RouterEntry, SpecError> {
         let names: Vec<&str> = ROUTERS.iter().map(|entry| entry.name).collect();
         spec.error(format!("there is no such router; there are {}", names.join(", ")))
     })
+}
+
+/// What the router of `spec` reads beside the gate's probabilities: what can be said of it before there is a model.
+pub fn signals(spec: &RouterSpec) -> Signals {
+    let estimator = spec.args.first().filter(|_| spec.name == complexity::ENTRY.name).map(|name| estimator(name));
+    estimator.and_then(Result::ok).map_or_else(Signals::default, |(estimator, _)| estimator.signals())
 }
 
 /// The specifications that `spec` stands for: one per argument, where a router takes one and several are given
@@ -110,10 +136,14 @@ pub enum Weights {
     Renorm,
     /// What native top-k0 routing would have given each survivor: dropping an expert rescales nothing.
     Keep,
+    /// The family's own convention, times what brings the output closest to that of native top-k0 routing, in the mean
+    /// over the calibration text, for this layer and this number of experts ([`Calibration`]'s `gamma_k`).
+    Lsq,
 }
 
 impl Weights {
-    const NAMES: &[(&str, Self)] = &[("native", Self::Native), ("renorm", Self::Renorm), ("keep", Self::Keep)];
+    const NAMES: &[(&str, Self)] =
+        &[("native", Self::Native), ("renorm", Self::Renorm), ("keep", Self::Keep), ("lsq", Self::Lsq)];
 
     /// Sets the weights of one token's chosen experts.
     fn apply(self, gate: &TokenGate<'_>, shape: &MoeShape, chosen: &mut [(u16, f32)]) {
@@ -138,26 +168,54 @@ pub struct Policy {
     spec: RouterSpec,
     router: Box<dyn Router>,
     weights: Weights,
+    /// What [`Weights::Lsq`] multiplies by.
+    scale: Option<Arc<Calibration>>,
     shape: MoeShape,
 }
 
 impl Policy {
-    /// Gives `spec` its meaning for a model of `shape`.
+    /// Gives `spec`, which names no file, its meaning for a model of `shape`.
     ///
     /// # Errors
     /// Unknown router or option, or a value out of range; the message holds the range and an example.
     pub fn build(spec: &RouterSpec, shape: &MoeShape) -> Result<Self, SpecError> {
+        Self::parse(spec, shape, None)
+    }
+
+    /// Gives `spec`, which may name `files`, its meaning for a model of `shape`.
+    ///
+    /// # Errors
+    /// As [`Self::build`], or a file that is not for this model.
+    pub fn build_with(spec: &RouterSpec, shape: &MoeShape, files: &Calibrations) -> Result<Self, SpecError> {
+        Self::parse(spec, shape, Some(files))
+    }
+
+    fn parse(spec: &RouterSpec, shape: &MoeShape, files: Option<&Calibrations>) -> Result<Self, SpecError> {
         let entry = find(spec)?;
-        let mut args = SpecArgs::new(spec, entry);
-        let weights = args.option_of("weights", Weights::NAMES)?.unwrap_or_default();
+        let mut args = SpecArgs::new(spec, entry, files);
+        let asked = args.option_of("weights", Weights::NAMES)?;
         let router = (entry.parse)(&mut args, shape)?;
+        let weights = asked.unwrap_or(args.weights);
+        let scale = (weights == Weights::Lsq).then(|| args.calibration("weights=lsq", shape)).transpose()?;
         args.finish()?;
-        Ok(Self { spec: spec.clone(), router, weights, shape: shape.clone() })
+        Ok(Self { spec: spec.clone(), router, weights, scale, shape: shape.clone() })
+    }
+
+    /// A policy of a rule that is in no table, with the family's own weights; `name` is what it is known by, to the
+    /// prefix cache too.
+    pub fn of(name: &str, router: Box<dyn Router>, shape: &MoeShape) -> Self {
+        let spec = RouterSpec { name: name.into(), args: Vec::new(), options: Vec::new() };
+        Self { spec, router, weights: Weights::Native, scale: None, shape: shape.clone() }
     }
 
     /// The specification it was built from.
     pub fn spec(&self) -> &RouterSpec {
         &self.spec
+    }
+
+    /// See [`Router::signals`].
+    pub fn signals(&self) -> Signals {
+        self.router.signals()
     }
 
     /// See [`Router::batch_invariant`].
@@ -180,6 +238,7 @@ impl Policy {
             (Weights::Renorm, _) | (Weights::Native, true) => "weights renormalised to sum 1",
             (Weights::Keep, true) => "weights kept from the native top-k0",
             (Weights::Native | Weights::Keep, false) => "weights are the raw probabilities",
+            (Weights::Lsq, _) => "weights scaled by calibration",
         };
         let batch = if self.batch_invariant() { "" } else { "; depends on the rest of the batch" };
         format!("{rule}; {weights}{batch}")
@@ -189,7 +248,13 @@ impl Policy {
     fn route(&self, gate: &GateView<'_>, out: &mut RoutingBuilder) {
         self.router.route(gate, out);
         for token in gate.tokens() {
-            self.weights.apply(&token, &self.shape, out.weigh(token.row));
+            let chosen = out.weigh(token.row);
+            self.weights.apply(&token, &self.shape, chosen);
+            // More than k0 experts were never compared with k0.
+            let gamma = self.scale.as_ref().and_then(|c| c.layers[gate.layer].gamma_k.get(chosen.len() - 1));
+            if let Some(gamma) = gamma {
+                chosen.iter_mut().for_each(|(_, weight)| *weight *= gamma);
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 //! ([`MoeShape::router`]), and then that is what `native` means for it. What savings are counted against stays k0.
 
 use super::topk::TopK;
-use super::{GateView, Router, RouterEntry, SpecArgs, find};
+use super::{GateView, Router, RouterEntry, Signals, SpecArgs, find};
 use crate::moe::RoutingBuilder;
 use crate::types::{MoeShape, RouterSpec, SpecError};
 
@@ -40,6 +40,10 @@ impl Router for Own {
         self.rule.batch_invariant()
     }
 
+    fn signals(&self) -> Signals {
+        self.rule.signals()
+    }
+
     fn experts_max(&self) -> usize {
         self.rule.experts_max()
     }
@@ -56,7 +60,7 @@ fn own(spec: &RouterSpec, shape: &MoeShape) -> Result<Box<dyn Router>, SpecError
         return Err(spec.error("is what this is to define; name the rule itself, for example topk:2"));
     }
     let entry = find(spec)?;
-    let mut args = SpecArgs::new(spec, entry);
+    let mut args = SpecArgs::new(spec, entry, None);
     let rule = (entry.parse)(&mut args, shape)?;
     args.finish()?;
     if rule.experts_max() > shape.top_k {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::moe::Routing;
+use crate::moe::calibration::{HeldOut, PolicyTable, Rung};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -11,6 +12,32 @@ fn shape(experts: usize, top_k: usize, renormalise: bool) -> MoeShape {
 
 fn policy(spec: &str, shape: &MoeShape) -> Policy {
     Policy::build(&spec.parse().unwrap(), shape).unwrap()
+}
+
+/// A router's example; the file it names is a calibration that knows nothing, with a policy for a share 0.7.
+fn example(entry: &RouterEntry, shape: &MoeShape) -> Policy {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("policy.json");
+    let mut calibration = Calibration::uninformed(shape, "checkpoint");
+    calibration.policy = Some(table(shape));
+    std::fs::write(&path, serde_json::to_string(&calibration).unwrap()).unwrap();
+    let spec = entry.example.replace("policy.json", &path.display().to_string());
+    let files = Calibrations::new(|| Ok("checkpoint".into()));
+    Policy::build_with(&spec.parse().unwrap(), shape, &files).unwrap()
+}
+
+/// One rung, whose layers take the rules in turn.
+fn table(shape: &MoeShape) -> PolicyTable {
+    let rules = [Rule::Contribution { tau: 0.8 }, Rule::Score { tau: 0.8 }, Rule::Threshold { theta: 0.2 }];
+    let rules = rules.into_iter().cycle().take(shape.layers).collect();
+    PolicyTable {
+        scope: "experts".into(),
+        target: 0.7,
+        batch: None,
+        lsq: true,
+        rungs: vec![Rung { cost: 0.7, mean_k: 0.7 * shape.top_k as f64, rules }],
+        held_out: HeldOut::default(),
+    }
 }
 
 /// Routes tokens of ids 0.. at positions 10.. through layer 1.
@@ -23,12 +50,23 @@ fn route(policies: &[Policy], policy_t: &[u16], shape: &MoeShape, logits_te: &[f
 fn route_tokens(policies: &[Policy], policy_t: &[u16], shape: &MoeShape, logits_te: &[f32], ids: &[u32]) -> Routing {
     let policies: Vec<Arc<Policy>> =
         policies.iter().map(|p| Arc::new(Policy::build(p.spec(), shape).unwrap())).collect();
+    route_by(&policies, policy_t, shape, logits_te, ids)
+}
+
+fn route_by(policies: &[Arc<Policy>], policy_t: &[u16], shape: &MoeShape, logits_te: &[f32], ids: &[u32]) -> Routing {
     let step = StepTokens {
         token_t: ids.to_vec(),
         position_t: ids.iter().map(|id| id + 10).collect(),
         policy_t: policy_t.to_vec(),
+        ..Default::default()
     };
-    RouteCtx::new(shape, &policies, &step).route(1, logits_te).unwrap()
+    RouteCtx::new(shape, policies, &step).route(1, GateInput::logits(logits_te)).unwrap()
+}
+
+/// Routes tokens of ids 0.. by `policy` alone.
+fn route_one(policy: Policy, shape: &MoeShape, logits_te: &[f32]) -> Routing {
+    let ids: Vec<u32> = (0..(logits_te.len() / shape.experts) as u32).collect();
+    route_by(&[Arc::new(policy)], &vec![0; ids.len()], shape, logits_te, &ids)
 }
 
 fn route_all(spec: &str, shape: &MoeShape, logits_te: &[f32]) -> Routing {
@@ -51,7 +89,7 @@ fn the_table_has_unique_names_full_docs_and_examples_that_build() {
     for entry in ROUTERS {
         assert!(entry.usage.starts_with(entry.name) && entry.summary.len() > 10 && !entry.formula.is_empty());
         for shape in [shape(8, 2, true), shape(64, 8, false), shape(1, 1, true)] {
-            let policy = policy(entry.example, &shape);
+            let policy = example(entry, &shape);
             assert!(policy.describe().contains("k"), "{}", entry.name);
         }
     }
@@ -64,7 +102,7 @@ fn routers_labelled_dynamic_take_more_experts_where_the_gate_is_flat_and_no_othe
     let flat = [3.0, 3.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0];
     let logits = [peaked, flat].concat();
     for entry in ROUTERS {
-        let routing = route_all(entry.example, &shape, &logits);
+        let routing = route_one(example(entry, &shape), &shape, &logits);
         let differs = routing.token_rows(0).len() != routing.token_rows(1).len();
         assert_eq!(differs, entry.dynamic, "{}", entry.name);
     }
@@ -108,10 +146,27 @@ fn values_out_of_range_are_refused_with_the_range_and_an_example() {
         ("threshold:0", "(0, 1]"),
         ("complexity:luck", "there is no estimator `luck`"),
         ("complexity:constant:2", "[0, 1]; got 2"),
+        ("complexity:router-margin,min-ratio=1.5", "min-ratio must be a number in (0, 1]; got 1.5"),
+        ("complexity:router-margin,max-ratio=0", "max-ratio must be a number in (0, 1]; got 0"),
+        ("complexity:router-margin,min=2,max-ratio=0.5", "min must not be above max; got min=2, max=1"),
+        ("complexity:router-margin,min=1,min-ratio=0.5", "the same bound as a number and as a ratio"),
+        ("complexity:router-margin,cal=x.json", "names a file, which requests may not"),
+        ("contrib:0.8", "contrib needs cal=FILE, which moe-calibrate makes"),
+        ("contrib:0,cal=x.json", "(0, 1]; got 0"),
+        ("skip:auto", "auto needs cal=FILE"),
+        ("skip:2", "(0, 1]; got 2"),
+        ("threshold:keep:0.7", "keep needs cal=FILE"),
+        ("threshold:keep:7", "q must be a number in (0, 1]; got 7"),
+        ("topk:1,weights=lsq", "weights=lsq needs cal=FILE"),
+        ("policy:x.json", "names a file, which requests may not"),
+        ("policy", "FILE is missing"),
         ("uniform:2,seed=x", "seed must be"),
         ("native:3", "takes no argument"),
-        ("native,weights=big", "one of native, renorm, keep; got big"),
-        ("router66:1", "there are native, topk, layers, dynk, ratio, threshold, complexity, uniform"),
+        ("native,weights=big", "one of native, renorm, keep, lsq; got big"),
+        (
+            "router66:1",
+            "there are native, topk, layers, dynk, ratio, threshold, skip, contrib, complexity, policy, uniform",
+        ),
     ] {
         let error = Policy::build(&spec.parse().unwrap(), &shape).err().expect(spec).to_string();
         assert!(error.contains(want), "{spec}: {error}");
@@ -143,6 +198,14 @@ fn the_rules_choose_what_a_hand_count_says() {
     assert_eq!(k("threshold:0.6"), 1);
     assert_eq!(k("threshold:0.2"), 2);
     assert_eq!(k("threshold:0.1,max=5"), 3);
+    assert_eq!(k("skip:0.6"), 1);
+    assert_eq!(k("skip:0.1"), 2);
+    assert_eq!(k("complexity:constant:0"), 1);
+    assert_eq!(k("complexity:constant:0.5"), 2); // 1 + round(0.5): halves up
+    assert_eq!(k("complexity:constant:0.49"), 1);
+    assert_eq!(k("complexity:constant:0.5,max=5"), 3);
+    assert_eq!(k("complexity:constant:1,max-ratio=0.5"), 1);
+    assert_eq!(k("complexity:constant:0,min-ratio=1"), 2);
     assert_eq!(k("uniform:4"), 4);
     assert_eq!(chosen(&route_all("native", &shape, &logits), 0).iter().map(|c| c.0).collect::<Vec<_>>(), [1, 3]);
 }
@@ -213,10 +276,10 @@ fn native_is_a_checkpoints_own_rule_where_it_has_one() {
 fn the_trace_counts_what_was_routed() {
     let shape = shape(4, 2, true);
     let policies = [Arc::new(policy("topk:1", &shape))];
-    let step = StepTokens { token_t: vec![5, 6], position_t: vec![0, 1], policy_t: vec![0, 0] };
+    let step = StepTokens { token_t: vec![5, 6], position_t: vec![0, 1], policy_t: vec![0, 0], ..Default::default() };
     let mut ctx = RouteCtx::new(&shape, &policies, &step);
-    ctx.route(0, &[9.0, 1.0, 0.0, 0.0, 9.0, 0.0, 1.0, 0.0]).unwrap();
-    ctx.route(1, &[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 30.0]).unwrap();
+    ctx.route(0, GateInput::logits(&[9.0, 1.0, 0.0, 0.0, 9.0, 0.0, 1.0, 0.0])).unwrap();
+    ctx.route(1, GateInput::logits(&[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 30.0])).unwrap();
     let trace = ctx.into_trace();
     assert_eq!(trace.k_tl, [1, 1, 0, 1, 1, 0]);
     assert_eq!(trace.k_histogram, [0, 4, 0, 0, 0]);
@@ -236,12 +299,13 @@ fn logits(tokens: usize, experts: usize) -> impl Strategy<Value = Vec<f32>> {
 proptest! {
     #[test]
     fn every_router_gives_every_token_an_expert_and_finite_weights(
-        z in logits(5, 8), renormalise: bool, rule in prop_oneof![Just("native"), Just("renorm"), Just("keep")]
+        z in logits(5, 8), renormalise: bool, rule in prop_oneof![Just(Weights::Native), Just(Weights::Renorm), Just(Weights::Keep)]
     ) {
         let shape = shape(8, 3, renormalise);
         for entry in ROUTERS {
             // `finish` checks the CSR invariants; that it succeeds is the claim.
-            let routing = route_all(&format!("{},weights={rule}", entry.example), &shape, &z);
+            let policy = Policy { weights: rule, ..example(entry, &shape) };
+            let routing = route_one(policy, &shape, &z);
             prop_assert!((0..5).all(|t| !routing.token_rows(t).is_empty()));
             prop_assert!(routing.weight_r().iter().all(|w| w.is_finite() && *w >= 0.0));
         }
@@ -251,13 +315,11 @@ proptest! {
     fn routers_labelled_batch_invariant_ignore_the_rest_of_the_step(z in logits(6, 8)) {
         let shape = shape(8, 2, true);
         for entry in ROUTERS {
-            let policy = policy(entry.example, &shape);
-            prop_assert!(policy.batch_invariant());
-            let together = route_all(entry.example, &shape, &z);
+            let policy = [Arc::new(example(entry, &shape))];
+            prop_assert!(policy[0].batch_invariant());
+            let together = route_by(&policy, &[0; 6], &shape, &z, &[0, 1, 2, 3, 4, 5]);
             for t in 0..6 {
-                let alone = route_tokens(
-                    std::slice::from_ref(&policy), &[0], &shape, &z[t * 8..(t + 1) * 8], &[t as u32],
-                );
+                let alone = route_by(&policy, &[0], &shape, &z[t * 8..(t + 1) * 8], &[t as u32]);
                 let (together, alone) = (chosen(&together, t), chosen(&alone, 0));
                 prop_assert_eq!(together.len(), alone.len());
                 for (a, b) in together.iter().zip(&alone) {

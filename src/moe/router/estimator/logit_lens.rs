@@ -1,0 +1,31 @@
+//! `logit-lens`: how undecided the model is here already about the next token, by an early read-out (nostalgebraist,
+//! "interpreting GPT: the logit lens", 2020) over a part of the vocabulary, which keeps it cheap.
+
+use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument, softmax_entropy_share};
+
+pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
+    name: "logit-lens",
+    usage: "logit-lens",
+    formula: "s = H(softmax(LM head of the normed residual, on 64 tokens spread over the vocabulary)) / log 64; c = s",
+    calibrates: true,
+    parse: |argument| {
+        no_argument("logit-lens", argument)?;
+        Ok(Box::new(LogitLens))
+    },
+};
+
+struct LogitLens;
+
+impl Estimator for LogitLens {
+    fn signals(&self) -> Signals {
+        Signals { lens: true, ..Default::default() }
+    }
+
+    fn measure(&self, token: &TokenGate<'_>) -> f32 {
+        softmax_entropy_share(token.lens_m)
+    }
+
+    fn squash(&self, measure: f32) -> f32 {
+        measure
+    }
+}
