@@ -127,7 +127,7 @@ fn grouped_experts(c: &mut Criterion) {
 }
 
 fn bundled() -> Loaded {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories-mixtral");
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories");
     let bars = indicatif::MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
     let files = resolve(dir, &HubOptions::default(), &bars).expect("the bundled checkpoint");
     load(&files, &LoadOptions::default(), |_, _| {}).expect("loads")

@@ -275,7 +275,7 @@ mod tests {
 
     fn grammars() -> &'static Grammars {
         static GRAMMARS: OnceLock<Grammars> = OnceLock::new();
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories-mixtral/tokenizer.json");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories/tokenizer.json");
         let tokens = || Arc::new(TokenBytes::new(&Tokenizer::from_file(path).unwrap(), VOCAB));
         GRAMMARS.get_or_init(|| Grammars::new(tokens(), &EOS))
     }

@@ -214,7 +214,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn text() -> Text {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories-mixtral/tokenizer.json");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories/tokenizer.json");
         Text::read(Path::new(path), 4096).unwrap()
     }
 
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories-mixtral/tokenizer.json");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories/tokenizer.json");
         let error = Text::read(Path::new(path), 100).err().unwrap().to_string();
         assert!(error.contains("token id 4095") && error.contains("vocabulary of 100"), "{error}");
         assert!(Text::read(Path::new("/nowhere/tokenizer.json"), 100).is_err());

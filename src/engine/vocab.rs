@@ -124,7 +124,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn stories() -> Tokenizer {
-        Tokenizer::from_file(concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories-mixtral/tokenizer.json")).unwrap()
+        Tokenizer::from_file(concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories/tokenizer.json")).unwrap()
     }
 
     fn made(decoder: Value, tokens: &[&str]) -> TokenBytes {

@@ -1,6 +1,6 @@
 """lm-eval's `local-completions` against a running server, compared sample by sample with transformers on the same weights.
 
-    python lm_eval_client.py --url http://127.0.0.1:8000 --checkpoint models/stories-mixtral [--model NAME]
+    python lm_eval_client.py --url http://127.0.0.1:8000 --checkpoint models/stories [--model NAME]
 
 The server must serve that checkpoint with `--dtype f32` and its native router. Log-likelihoods must agree within 1e-3,
 "is this greedy?" and generated texts exactly. Exits 1 if anything differs.

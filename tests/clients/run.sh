@@ -48,7 +48,7 @@ start() {
   stop
   local log=$folder/$1.log
   shift
-  "$server" --model models/stories-mixtral --offline --port 0 "$@" >"$log" 2>&1 &
+  "$server" --model models/stories --offline --port 0 "$@" >"$log" 2>&1 &
   pid=$!
   for _ in $(seq 300); do
     url=$(sed -n 's/^address *\(https\?:[^ ]*\).*/\1/p' "$log")
@@ -84,7 +84,7 @@ additions=(--allow-request-router --request-experts-max 8 --allow-moe-trace)
 # As a base model is served, in the precision that transformers is compared with.
 start plain --dtype f32
 client 'openai-python, no chat template' "$python" "$here/openai_client.py" --url "$url"
-client 'lm-eval' "$python" "$here/lm_eval_client.py" --url "$url" --checkpoint models/stories-mixtral
+client 'lm-eval' "$python" "$here/lm_eval_client.py" --url "$url" --checkpoint models/stories
 
 # Everything switched on, behind a key, with a queue that can be overrun.
 start full --chat-template "$template" --api-key the-key-of-these-tests "${additions[@]}" --max-num-seqs 8 --max-queue 32

@@ -123,5 +123,5 @@ pub fn quiet() -> MultiProgress {
 
 /// The bundled model's tokenizer.json.
 pub fn tokenizer_json() -> Vec<u8> {
-    std::fs::read(repo("models/stories-mixtral/tokenizer.json")).unwrap()
+    std::fs::read(repo("models/stories/tokenizer.json")).unwrap()
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 fn bundled(router: &str, config: EngineConfig) -> Engine {
     let request_routers = Some(RequestRouters { experts_max: Some(8), ..Default::default() });
     let config = EngineConfig { request_routers, ..config };
-    engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, router, config)
+    engine(&repo("models/stories"), DtypeChoice::Auto, router, config)
 }
 
 /// Requests of many kinds: lengths, seeds, routers, penalties.

@@ -41,7 +41,7 @@ fn server() -> Server {
 }
 
 fn in_process(server: &Server) -> (InProcess, MoeShape) {
-    let shape = crate::support::try_load(&repo("models/stories-mixtral"), Default::default()).unwrap();
+    let shape = crate::support::try_load(&repo("models/stories"), Default::default()).unwrap();
     let shape = shape.model.shape().clone();
     let text = Text::read(&bundled_files().tokenizer, shape.vocab).unwrap();
     (InProcess::new(server.engine.clone(), text, &shape), shape.moe)

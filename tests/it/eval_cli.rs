@@ -134,7 +134,7 @@ fn what_cannot_be_run_is_refused_with_what_helps() {
     case(&with(&["--limit", "0"]), 2, &["--limit", "at least 1"]);
     case(&with(&["--model", "nowhere/at-all"]), 1, &["nowhere/at-all"]);
     let url = ["--base-url", "http://127.0.0.1:9"];
-    let model = ["--model", "models/stories-mixtral"];
+    let model = ["--model", "models/stories"];
     case(&with(&[url, model].concat()), 1, &["http://127.0.0.1:9"]);
     case(&with(&url), 1, &["--model"]);
     case(&[&with(&url)[..], &["--compare-static"]].concat(), 1, &["--compare-static"]);

@@ -259,7 +259,7 @@ async fn requests_at_the_same_time_give_exactly_what_each_gives_alone() {
 
 /// The bundled tokenizer with every `every`th token changed to begin with the second byte of é and end with the first.
 fn splitting_tokenizer(dir: &Path, every: u64) -> PathBuf {
-    let json = std::fs::read_to_string(repo("models/stories-mixtral/tokenizer.json")).unwrap();
+    let json = std::fs::read_to_string(repo("models/stories/tokenizer.json")).unwrap();
     let mut json: Value = serde_json::from_str(&json).unwrap();
     let vocab = json["model"]["vocab"].as_object().unwrap();
     let change = |(token, id): (&String, &Value)| match id.as_u64().unwrap() {

@@ -10,7 +10,7 @@ use moe_serve::types::{DtypeChoice, GenerateRequest, Work};
 fn savings_on_the_bundled_checkpoint_are_what_the_rules_promise() {
     let request_routers = Some(RequestRouters { experts_max: Some(8), ..Default::default() });
     let config = EngineConfig { request_routers, prefix_cache: false, ..Default::default() };
-    let engine = engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, "native", config);
+    let engine = engine(&repo("models/stories"), DtypeChoice::Auto, "native", config);
     let prompts: Vec<String> = std::fs::read_to_string(repo("eval/prompts.jsonl"))
         .unwrap()
         .lines()

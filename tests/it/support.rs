@@ -38,7 +38,7 @@ pub fn files(dir: &Path) -> Files {
     Files {
         config: dir.join("config.json"),
         generation_config: file("generation_config.json"),
-        tokenizer: file("tokenizer.json").unwrap_or_else(|| repo("models/stories-mixtral/tokenizer.json")),
+        tokenizer: file("tokenizer.json").unwrap_or_else(|| repo("models/stories/tokenizer.json")),
         tokenizer_config: file("tokenizer_config.json"),
         chat_template: file("chat_template.jinja"),
         weights: vec![dir.join("model.safetensors")],
@@ -47,7 +47,7 @@ pub fn files(dir: &Path) -> Files {
 
 /// The files of the checkpoint that comes with the source.
 pub fn bundled_files() -> Files {
-    resolve(repo("models/stories-mixtral").to_str().unwrap(), &HubOptions::default(), &quiet()).unwrap()
+    resolve(repo("models/stories").to_str().unwrap(), &HubOptions::default(), &quiet()).unwrap()
 }
 
 pub fn try_load(dir: &Path, dtype: DtypeChoice) -> Result<Loaded, LoadError> {
@@ -62,7 +62,7 @@ pub fn try_load_on(dir: &Path, dtype: DtypeChoice, device: DeviceChoice) -> Resu
 pub fn engine(dir: &Path, dtype: DtypeChoice, router: &str, config: EngineConfig) -> Engine {
     let loaded = try_load(dir, dtype).unwrap();
     // The tiny golden models have smaller vocabularies than the tokenizer: their text is not looked at.
-    let text = Text::read(&repo("models/stories-mixtral/tokenizer.json"), 4096).unwrap();
+    let text = Text::read(&repo("models/stories/tokenizer.json"), 4096).unwrap();
     let policy = Policy::build(&router.parse().unwrap(), &loaded.model.shape().moe).unwrap();
     Engine::start("test".into(), loaded, text, policy, config).unwrap()
 }
