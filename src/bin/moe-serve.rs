@@ -9,7 +9,7 @@ use moe_serve::engine::{Engine, EngineConfig, Found, KvSize, RequestRouters};
 use moe_serve::http::{ApiKeys, Service, ServiceOptions, Switch, Tls, Transport, app, cors, wrap};
 use moe_serve::model::hub::{Files, HubOptions};
 use moe_serve::model::{FAMILIES, LoadOptions};
-use moe_serve::moe::router::{ROUTERS, find};
+use moe_serve::moe::router::{ESTIMATORS, ROUTERS, find};
 use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
 use std::path::{Path, PathBuf};
@@ -30,6 +30,15 @@ struct Args {
     /// How tokens choose experts; see below
     #[arg(long, default_value = "native", value_name = "SPEC")]
     router: RouterSpec,
+    /// Least experts of a complexity router, as a share of the checkpoint's own number (its option min-ratio)
+    #[arg(long, value_name = "R")]
+    min_experts_ratio: Option<f64>,
+    /// Most experts of a complexity router, as a share of the checkpoint's own number (its option max-ratio)
+    #[arg(long, value_name = "R")]
+    max_experts_ratio: Option<f64>,
+    /// Spend less while requests wait: the share of native routing's cost that a budget router goes down to
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    load_shed: Option<f64>,
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "R")]
     revision: Option<String>,
@@ -118,6 +127,21 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x > 0.0 && x < 1.0 => Ok(x),
+        _ => Err("must be a number above 0 and below 1".into()),
+    }
+}
+
+/// The router as asked for, with the flags that are options of it.
+fn router(args: &Args) -> RouterSpec {
+    let ratios = [("min-ratio", args.min_experts_ratio), ("max-ratio", args.max_experts_ratio)];
+    let ratios = ratios.into_iter().filter_map(|(key, ratio)| Some((key.to_string(), ratio?.to_string())));
+    let options = args.router.options.iter().cloned().chain(ratios).collect();
+    RouterSpec { options, ..args.router.clone() }
+}
+
 fn router_name(text: &str) -> Result<String, String> {
     let bare = RouterSpec { name: text.into(), args: Vec::new(), options: Vec::new() };
     find(&bare).map(|router| router.name.to_string()).map_err(|e| e.to_string())
@@ -135,9 +159,13 @@ fn request_routers(args: &Args) -> Option<RequestRouters> {
 }
 
 fn router_help() -> String {
-    let mut help = String::from("Routers (every one takes weights=native|renorm|keep):\n");
+    let mut help = String::from("Routers (every one takes weights=native|renorm|keep|lsq):\n");
     for router in ROUTERS {
         help.push_str(&format!("  {}\n      {}\n      {}\n", router.usage, router.summary, router.formula));
+    }
+    help.push_str("\nEstimators of complexity (s is calibrated by cal=FILE, else c):\n");
+    for estimator in ESTIMATORS {
+        help.push_str(&format!("  {}\n      {}\n", estimator.usage, estimator.formula));
     }
     help.push_str("\nFamilies, by model_type of config.json:\n");
     for family in FAMILIES {
@@ -281,8 +309,9 @@ fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
         request_routers: request_routers(args),
         cut_context: args.max_model_len.is_none(),
         profile: false,
+        load_shed: args.load_shed,
     };
-    let launched = found.launch(&options, &args.router, config)?;
+    let launched = found.launch(&options, &router(args), config)?;
     let (engine, max_positions) = (&launched.engine, launched.shape.max_positions);
     println!("{}", launched.describe());
     println!("router     {}: {}", engine.info().router, engine.info().router_means);

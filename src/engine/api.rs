@@ -1,6 +1,8 @@
 //! What the engine offers: submit a request, read its events.
 
-use crate::types::{FinishReason, GenerateRequest, LimitError, Limits, RouterSpec, SpecError, TokenId, Usage};
+use crate::types::{
+    BudgetState, FinishReason, GenerateRequest, LimitError, Limits, RouterSpec, SpecError, TokenId, Usage,
+};
 use futures::Stream;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -31,6 +33,11 @@ pub trait Generate: Send + Sync {
     /// # Errors
     /// A request outside the limits, a full queue, or an engine that is stopping.
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError>;
+
+    /// What a request gets now that names no router, if the server's own keeps a budget.
+    fn budget(&self) -> Option<BudgetState> {
+        None
+    }
 
     /// Whether requests are accepted.
     fn ready(&self) -> bool;

@@ -1,5 +1,6 @@
 //! One step: plan, forward, sample, commit.
 
+use super::budget::Budget;
 use super::metrics::{ExpertSeries, Metrics};
 use super::sequence::{Job, Sequence, Wanted};
 use crate::model::{CausalLm, Loaded, StepInput};
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     pub cut_context: bool,
     /// Whether the parts of every step are timed, for the series `moe_step_part_seconds_total`.
     pub profile: bool,
+    /// Share of native routing's cost down to which a budget goes while requests wait; without it, load changes nothing.
+    pub load_shed: Option<f64>,
 }
 
 /// How large the KV cache is to be.
@@ -67,6 +70,7 @@ impl Default for EngineConfig {
             request_routers: None,
             cut_context: true,
             profile: false,
+            load_shed: None,
         }
     }
 }
@@ -107,6 +111,7 @@ pub(super) struct Core {
     next_id: u64,
     cost: CostModel,
     metrics: Metrics,
+    budget: Option<Arc<Budget>>,
     expert_series: ExpertSeries,
     profile: bool,
 }
@@ -181,7 +186,7 @@ impl Core {
         loaded: Loaded,
         config: &EngineConfig,
         kv: &KvPlan,
-        metrics: Metrics,
+        (metrics, budget): (Metrics, Option<Arc<Budget>>),
     ) -> Result<Self, StartError> {
         let sched_config = SchedConfig {
             blocks: kv.shape.blocks,
@@ -202,6 +207,7 @@ impl Core {
             seqs: BTreeMap::new(),
             next_id: 0,
             metrics,
+            budget,
             profile: config.profile,
         })
     }
@@ -287,6 +293,9 @@ impl Core {
     }
 
     fn show_load(&self) {
+        if let Some(budget) = &self.budget {
+            self.metrics.budget(&budget.report());
+        }
         self.metrics.load(self.sched.waiting(), self.sched.running(), self.sched.blocks_used());
     }
 
@@ -337,6 +346,7 @@ impl Core {
         let mut row = 0;
         for chunk in &plan.chunks {
             let Some(seq) = self.seqs.get_mut(&chunk.seq) else { continue };
+            let before = seq.work;
             for position in chunk.start..chunk.start + chunk.tokens.len() {
                 let k_l = &done.trace.k_tl[row as usize * layers..][..layers];
                 let logits = logit_rows.next_if(|logits| logits.row == row);
@@ -348,6 +358,9 @@ impl Core {
                 seq.work += work;
                 step_work += work;
                 seq.routed(position, k_l);
+            }
+            if let Some(budget) = &self.budget {
+                budget.served(&seq.policy, seq.work - before);
             }
         }
         let reads = ExpertReads::of(&done.trace, self.model.expert_bytes() as u64);

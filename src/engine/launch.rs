@@ -1,6 +1,7 @@
 //! From a model's name to a running engine: what every program that runs models does first.
 
 use super::api::Generate;
+use super::budget::Budget;
 use super::core::{EngineConfig, StartError};
 use super::text::{Text, TextError};
 use super::worker::Engine;
@@ -50,7 +51,7 @@ pub enum LaunchError {
 }
 
 /// The checkpoint that comes with the source.
-const BUNDLED: &str = "models/stories-mixtral";
+const BUNDLED: &str = "models/stories";
 
 impl Found {
     /// Finds `model`, a hub id or directory, downloading what is missing; the bundled checkpoint without one.
@@ -94,7 +95,15 @@ impl Found {
         let text = Text::read(&self.files.tokenizer, shape.vocab)?;
         let calibrations = calibrations(&self.files);
         let policy = Policy::build_with(router, &shape.moe, &calibrations)?;
-        let engine = Engine::start(self.name, loaded, text.clone(), policy, config)?.with_files(calibrations);
+        let budget = match (router.name.as_str(), config.load_shed) {
+            ("budget", shed_to) => Some(Budget::new(router, &shape.moe, &calibrations, shed_to)?),
+            (_, None) => None,
+            (_, Some(_)) => {
+                return Err(router.error("keeps no budget that --load-shed could lower; use budget:…").into());
+            }
+        };
+        let engine = Engine::with_budget(self.name, loaded, text.clone(), (policy, budget), config)?;
+        let engine = engine.with_files(calibrations);
         Ok(Launched { engine, files: self.files, shape, runs_on, dtype, text, weight_bytes })
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Everything is counted from values that are on the host anyway; nothing waits for a device.
 
+use super::budget::BudgetReport;
 use crate::moe::StepTrace;
 use crate::moe::cost::ExpertReads;
 use crate::ops::profile::Profile;
@@ -44,6 +45,7 @@ pub struct Metrics {
     step_seconds: Histogram,
     step_parts: CounterVec,
     step_tokens: Histogram,
+    budget: GaugeVec,
 }
 
 /// What routing did.
@@ -176,6 +178,12 @@ impl Metrics {
                 "Tokens computed in one engine step",
                 &powers_of_two(1, 8192).collect::<Vec<_>>(),
             ),
+            budget: m.gauges(
+                "moe_budget",
+                "A router that keeps a budget: its target, the share of native FLOPs last measured, the calibrated share of the \
+                 policy in force, its version, and 1 where load is shed",
+                &["what"],
+            ),
             registry,
         };
         // From zero on: a rate over a series that begins at one misses the one.
@@ -221,6 +229,19 @@ impl Metrics {
         self.waiting.iter().for_each(|g| g.set(waiting as i64));
         self.running.iter().for_each(|g| g.set(running as i64));
         self.kv_usage.iter().for_each(|g| g.set(used as f64 / blocks.max(1) as f64));
+    }
+
+    /// Shows the state of a budget; servers without one have no such series.
+    pub(super) fn budget(&self, report: &BudgetReport) {
+        let BudgetReport { target, measured, share, version, shed } = *report;
+        let set = |what: &str, value: f64| self.budget.with_label_values(&[what]).set(value);
+        set("target", target);
+        set("policy", share);
+        set("version", version as f64);
+        set("shed", f64::from(u8::from(shed)));
+        if let Some(measured) = measured {
+            set("measured", measured);
+        }
     }
 
     pub(super) fn preempted(&self, count: usize) {

@@ -3,6 +3,7 @@
 //! `api` is what the rest of the program sees; `core` is a step; `worker` is the thread and its queues.
 
 pub mod api;
+mod budget;
 mod core;
 mod grammar;
 mod launch;

@@ -1,6 +1,7 @@
 //! The engine's thread, and the handle that the rest of the program holds.
 
 use super::api::{Events, Generate, ModelInfo, SubmitError};
+use super::budget::Budget;
 use super::core::{BLOCK_SIZE, Core, EngineConfig, KvPlan, RequestRouters, StartError};
 use super::grammar::{Grammar, GrammarError, Grammars};
 use super::lock;
@@ -11,9 +12,9 @@ use crate::model::Loaded;
 use crate::moe::Policy;
 use crate::moe::calibration::Calibrations;
 use crate::sched::BlockHash;
-use crate::types::{GenerateRequest, GrammarSpec, Limits, MoeShape, SpecError, TokenId};
+use crate::types::{BudgetState, GenerateRequest, GrammarSpec, Limits, MoeShape, SpecError, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -28,6 +29,9 @@ pub struct Engine {
     metrics: Metrics,
     moe: MoeShape,
     policy: Arc<Policy>,
+    budget: Option<Arc<Budget>>,
+    /// Sequences that run at the same time.
+    seats: usize,
     prefix_cache: bool,
     request_routers: Option<RequestRouters>,
     /// That requests may name, if they may.
@@ -52,6 +56,18 @@ impl Engine {
         policy: Policy,
         config: EngineConfig,
     ) -> Result<Self, StartError> {
+        Self::with_budget(name, loaded, text, (policy, None), config)
+    }
+
+    /// Starts one whose `policy` may be kept to a budget.
+    pub(super) fn with_budget(
+        name: String,
+        loaded: Loaded,
+        text: Text,
+        (policy, budget): (Policy, Option<Budget>),
+        config: EngineConfig,
+    ) -> Result<Self, StartError> {
+        let budget = budget.map(Arc::new);
         let kv = KvPlan::new(&loaded, &config)?;
         let shape = loaded.model.shape();
         let metrics = Metrics::new(&name, shape, kv.shape.blocks, BLOCK_SIZE);
@@ -64,7 +80,7 @@ impl Engine {
         let grammars = Grammars::new(text.bytes().clone(), &loaded.eos);
         let (sender, receiver) = channel();
         let eos = loaded.eos.clone();
-        let core = Core::new(loaded, &config, &kv, metrics.clone())?;
+        let core = Core::new(loaded, &config, &kv, (metrics.clone(), budget.clone()))?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || run(core, &receiver))?;
         Ok(Self {
             info,
@@ -73,6 +89,8 @@ impl Engine {
             metrics,
             moe,
             policy: Arc::new(policy),
+            budget,
+            seats: config.max_num_seqs,
             prefix_cache: config.prefix_cache,
             request_routers: config.request_routers,
             files: None,
@@ -114,7 +132,8 @@ impl Engine {
     /// The policy of a request, which must be within what the operator allows.
     fn policy_of(&self, request: &GenerateRequest) -> Result<Arc<Policy>, SpecError> {
         let Some(spec) = request.router.as_ref().filter(|spec| **spec != self.info.router) else {
-            return Ok(self.policy.clone());
+            let budget = self.budget.as_ref().map(|budget| budget.policy(request.budget_version));
+            return Ok(budget.unwrap_or_else(|| self.policy.clone()));
         };
         let Some(allowed) = &self.request_routers else {
             return Err(spec.error(
@@ -207,6 +226,11 @@ impl Generate for Engine {
             SubmitError::Busy(_) => self.metrics.rejected("grammar_busy"),
             SubmitError::Stopping => self.metrics.rejected("stopping"),
         })
+    }
+
+    fn budget(&self) -> Option<BudgetState> {
+        let waiting = self.unfinished.load(Ordering::Acquire).saturating_sub(self.seats);
+        Some(self.budget.as_ref()?.now(waiting, self.seats))
     }
 
     fn ready(&self) -> bool {

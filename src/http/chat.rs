@@ -2,15 +2,15 @@
 
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_text, unique_id};
 use super::error::ApiError;
-use super::prepare::{Prepared, blocking, check_model, prepared, request, router_of, streaming, submit};
+use super::prepare::{Prepared, blocking, check_model, prepared, request, routed, streaming, submit};
 use super::read::Body;
 use super::{App, Service};
 use crate::chat::{ChatError, ChatTemplate, Piece, TemplateInput, ToolCall, ToolFormat, ToolStream, adapt, tool_names};
 use crate::engine::api::{Generate, PromptReport, TokenReport};
-use crate::types::{FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, RouterSpec, TokenId, Usage};
+use crate::types::{FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, TokenId, Usage};
 use crate::wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprob, ChatLogprobs, ChatRequest, ChatResponse,
-    Delta, FunctionCall, MoeTrace, NamedTool, TokenLogprob, ToolCallBody, ToolChoice, ToolMode, UsageBody,
+    Delta, FunctionCall, MoeTrace, NamedTool, Routed, TokenLogprob, ToolCallBody, ToolChoice, ToolMode, UsageBody,
 };
 use axum::Json;
 use axum::extract::State;
@@ -30,7 +30,7 @@ pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Resp
     let (answers, usage) = collected(events, form.n).await?;
     // What is told of many tokens takes its time to write.
     blocking(move || {
-        let usage = UsageBody::new(&usage, &form.router);
+        let usage = UsageBody::new(&usage, &form.routed);
         let choices = answers.into_iter().flat_map(|answer| form.choices(answer)).collect();
         let Head { id, created, model } = head;
         let object = "chat.completion".into();
@@ -100,7 +100,7 @@ struct Tools {
 /// What the answer is to look like.
 struct Form {
     generate: Arc<dyn Generate>,
-    router: RouterSpec,
+    routed: Routed,
     n: usize,
     logprobs: bool,
     trace: bool,
@@ -124,10 +124,11 @@ fn prepare(service: &Service, body: &[u8]) -> Result<Prepared<Form>, ApiError> {
     // The template has written what special tokens there are to be.
     let prompt = generate.encode(&prompt, false).map_err(|e| ApiError::invalid(Some("messages"), e))?;
     let room = generate.info().limits.max_model_len.saturating_sub(prompt.len()).max(1);
+    let routed = routed(&mut base, generate);
     let request = GenerateRequest { max_tokens: max_tokens(&asked, room)?, prompt, ..base };
     let form = Form {
         generate: service.generate.clone(),
-        router: router_of(&request, generate),
+        routed,
         n: request.n,
         logprobs: request.logprobs.is_some(),
         trace: request.trace,
@@ -357,6 +358,6 @@ impl Pieces for Streamed {
     }
 
     fn usage(&mut self, usage: &Usage) -> String {
-        self.write(Vec::new(), Some(UsageBody::new(usage, &self.form.router)))
+        self.write(Vec::new(), Some(UsageBody::new(usage, &self.form.routed)))
     }
 }

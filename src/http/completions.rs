@@ -2,14 +2,14 @@
 
 use super::answer::{Answered, Completed, Head, Pieces, collected, json, streamed, token_name};
 use super::error::ApiError;
-use super::prepare::{Prepared, blocking, check_model, prepared, request, router_of, streaming, submit};
+use super::prepare::{Prepared, blocking, check_model, prepared, request, routed, streaming, submit};
 use super::read::Body;
 use super::{App, Service};
 use crate::engine::api::{Generate, PromptReport, TokenReport, TokenScore};
-use crate::types::{FinishReason, GenerateRequest, N_MAX, PromptScoring, RouterSpec, TokenId, Usage};
+use crate::types::{FinishReason, GenerateRequest, N_MAX, PromptScoring, TokenId, Usage};
 use crate::wire::{
     Choice, Chunk, ChunkChoice, CompletionRequest, CompletionResponse, Logprobs, MoeTrace, PromptItem, PromptLogprob,
-    UsageBody,
+    Routed, UsageBody,
 };
 use axum::Json;
 use axum::extract::State;
@@ -35,7 +35,7 @@ pub(super) async fn create(State(service): App, Body(body): Body) -> Result<Resp
     let (answers, usage) = collected(events, form.of).await?;
     // What is told of a long prompt takes its time to write.
     blocking(move || {
-        let usage = UsageBody::new(&usage, &form.router);
+        let usage = UsageBody::new(&usage, &form.routed);
         let choices = form.choices(answers);
         let Head { id, created, model } = head;
         Json(CompletionResponse { id, object: OBJECT.into(), created, model, choices, usage }).into_response()
@@ -48,7 +48,7 @@ const OBJECT: &str = "text_completion";
 /// What the answer is to look like.
 struct Form {
     generate: Arc<dyn Generate>,
-    router: RouterSpec,
+    routed: Routed,
     /// Completions told of every prompt, and made.
     n: usize,
     of: usize,
@@ -94,7 +94,8 @@ fn validate(
         return Err(ApiError::invalid(Some("prompt"), message));
     }
     let echo = asked.echo.unwrap_or(false);
-    let base = base(service, &asked, stream)?;
+    let mut base = base(service, &asked, stream)?;
+    let routed = routed(&mut base, generate);
     let mut requests = Vec::with_capacity(prompts.len());
     let mut echoes = Vec::new();
     for item in prompts {
@@ -119,7 +120,7 @@ fn validate(
     let told = base.scoring.is_some();
     let form = Form {
         generate: service.generate.clone(),
-        router: router_of(&base, generate),
+        routed,
         n: asked.common.n.unwrap_or(1),
         of: base.n,
         echo: echo.then_some(echoes),
@@ -348,6 +349,6 @@ impl Pieces for Streamed {
     }
 
     fn usage(&mut self, usage: &Usage) -> String {
-        self.write(Vec::new(), Some(UsageBody::new(usage, &self.form.router)))
+        self.write(Vec::new(), Some(UsageBody::new(usage, &self.form.routed)))
     }
 }

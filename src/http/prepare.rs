@@ -3,8 +3,8 @@
 use super::error::ApiError;
 use super::{Service, ServiceOptions};
 use crate::engine::api::{Events, Generate};
-use crate::types::{GenerateRequest, GrammarSpec, RouterSpec, SamplingParams, SpecError};
-use crate::wire::{Common, ResponseFormat, Stop};
+use crate::types::{GenerateRequest, GrammarSpec, SamplingParams, SpecError};
+use crate::wire::{Common, ResponseFormat, Routed, Stop};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -42,9 +42,16 @@ pub(super) struct Prepared<F> {
     pub stream: Option<bool>,
 }
 
-/// The router that `request` gets.
-pub(super) fn router_of(request: &GenerateRequest, generate: &dyn Generate) -> RouterSpec {
-    request.router.as_ref().unwrap_or(&generate.info().router).clone()
+/// What routes `request`, which from now on keeps it: one answer is routed in one way, also that to several prompts.
+pub(super) fn routed(request: &mut GenerateRequest, generate: &dyn Generate) -> Routed {
+    if let Some(router) = &request.router {
+        return Routed { router: router.clone(), budget: None };
+    }
+    let Some(budget) = generate.budget() else {
+        return Routed { router: generate.info().router.clone(), budget: None };
+    };
+    request.budget_version = Some(budget.version);
+    Routed { budget: Some((&budget).into()), router: budget.router }
 }
 
 /// Checks that the model asked for is the one that is served.

@@ -288,8 +288,8 @@ pub fn parameter_at(curve: &[f32], mean_k: f64, top_k: usize) -> f32 {
 impl PolicyTable {
     /// The dearest rung that costs at most `share`, or else the cheapest, which is told by its cost.
     pub fn rung(&self, share: f64) -> &Rung {
-        // Costs were rounded when they were written.
-        let affordable = self.rungs.partition_point(|rung| rung.cost <= share + 1e-6);
+        // Shares are written with four decimals.
+        let affordable = self.rungs.partition_point(|rung| rung.cost <= share + 1e-4);
         &self.rungs[affordable.saturating_sub(1)]
     }
 }

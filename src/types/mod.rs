@@ -1,12 +1,14 @@
 //! Plain values shared by every module: ids, shapes, requests with their limits, and the
 //! parsed (not yet resolved) command-line choices. Knows neither candle nor tokio.
 
+mod budget;
 mod choice;
 mod request;
 mod router_spec;
 mod shape;
 mod work;
 
+pub use budget::BudgetState;
 pub use choice::{DeviceChoice, DtypeChoice};
 pub use request::{
     FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX, PromptScoring, SamplingParams,

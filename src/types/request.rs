@@ -98,6 +98,8 @@ pub struct GenerateRequest {
     pub cache_salt: String,
     /// Router of this request alone; the server's own without it.
     pub router: Option<RouterSpec>,
+    /// Version of the server's own router, where that keeps a budget ([`super::BudgetState`]); the latest without it.
+    pub budget_version: Option<u64>,
 }
 
 /// What a request may ask of this server.
@@ -161,6 +163,7 @@ impl GenerateRequest {
             grammar: None,
             cache_salt: String::new(),
             router: None,
+            budget_version: None,
         }
     }
 

@@ -46,6 +46,29 @@ impl std::ops::AddAssign for Flops {
     }
 }
 
+impl std::ops::Sub for Flops {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self { ran: self.ran - other.ran, native: self.native - other.native }
+    }
+}
+
+impl std::ops::Sub for Work {
+    type Output = Self;
+
+    /// What was added to `other` since.
+    fn sub(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens - other.tokens,
+            moe_visits: self.moe_visits - other.moe_visits,
+            expert_rows: self.expert_rows - other.expert_rows,
+            experts: self.experts - other.experts,
+            forward: self.forward - other.forward,
+        }
+    }
+}
+
 impl std::ops::AddAssign for Work {
     fn add_assign(&mut self, other: Self) {
         self.tokens += other.tokens;

@@ -19,4 +19,4 @@ pub use completions::{
 pub use error::{ErrorBody, ErrorDetail};
 pub use fields::RequestError;
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeInput, TokenizeRequest, TokenizeResponse};
-pub use usage::{MoeTrace, MoeUsage, PromptTokensDetails, UsageBody};
+pub use usage::{BudgetUsage, MoeTrace, MoeUsage, PromptTokensDetails, Routed, UsageBody};

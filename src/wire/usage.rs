@@ -1,6 +1,6 @@
 //! What a request used, and what its tokens did.
 
-use crate::types::{RouterSpec, Usage};
+use crate::types::{BudgetState, RouterSpec, Usage};
 use serde::{Deserialize, Serialize};
 
 /// What a request used. `moe` is an addition to OpenAI's shape.
@@ -27,11 +27,38 @@ pub struct MoeUsage {
     pub experts_per_token: f64,
     pub expert_flops_saved: f64,
     pub forward_flops_saved: f64,
+    /// Where the server's router keeps a budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetUsage>,
+}
+
+/// What a budget decided for the request.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BudgetUsage {
+    /// Raised with every change of policy.
+    pub version: u64,
+    /// Share of native routing's cost that the policy came to in calibration.
+    pub share: f64,
+    /// Whether it is below the budget, because the server is under load.
+    pub shed: bool,
+}
+
+impl From<&BudgetState> for BudgetUsage {
+    fn from(state: &BudgetState) -> Self {
+        Self { version: state.version, share: state.share, shed: state.shed }
+    }
+}
+
+/// What routes a request.
+#[derive(Clone, Debug)]
+pub struct Routed {
+    pub router: RouterSpec,
+    pub budget: Option<BudgetUsage>,
 }
 
 impl UsageBody {
-    /// For work that was routed by `router`.
-    pub fn new(usage: &Usage, router: &RouterSpec) -> Self {
+    /// For work that was routed so.
+    pub fn new(usage: &Usage, routed: &Routed) -> Self {
         let work = &usage.work;
         Self {
             prompt_tokens: usage.prompt_tokens,
@@ -39,10 +66,11 @@ impl UsageBody {
             total_tokens: usage.prompt_tokens + usage.completion_tokens,
             prompt_tokens_details: PromptTokensDetails { cached_tokens: usage.cached_tokens },
             moe: MoeUsage {
-                router: router.to_string(),
+                router: routed.router.to_string(),
                 experts_per_token: work.experts_per_token(),
                 expert_flops_saved: work.experts.saved(),
                 forward_flops_saved: work.forward.saved(),
+                budget: routed.budget,
             },
         }
     }

@@ -72,7 +72,7 @@ async fn the_best_of_several_are_those_whose_tokens_are_likeliest() {
 
 #[tokio::test]
 async fn prompts_are_scored_as_the_model_alone_scores_them() {
-    let loaded = try_load(&repo("models/stories-mixtral"), DtypeChoice::F32).unwrap();
+    let loaded = try_load(&repo("models/stories"), DtypeChoice::F32).unwrap();
     let server = Server::native();
     let ids = server.engine.encode(&[PROMPT; 4].join(" "), true).unwrap();
     let logits = Runner::new(&loaded.model, 1, ids.len(), "native").step(&[(0, &ids)]);

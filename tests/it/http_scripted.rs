@@ -6,8 +6,8 @@ use futures::StreamExt;
 use moe_serve::engine::api::{Event, Events, Generate, ModelInfo, SubmitError};
 use moe_serve::http::{Service, ServiceOptions};
 use moe_serve::types::{
-    FinishReason, Flops, GenerateRequest, GrammarSpec, LimitError, Limits, PromptScoring, RouterSpec, SpecError,
-    TokenId, Usage, Work,
+    BudgetState, FinishReason, Flops, GenerateRequest, GrammarSpec, LimitError, Limits, PromptScoring, RouterSpec,
+    SpecError, TokenId, Usage, Work,
 };
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -22,6 +22,7 @@ type Script = Result<mpsc::Receiver<Event>, SubmitError>;
 struct Scripted {
     info: ModelInfo,
     ready: bool,
+    budget: Option<BudgetState>,
     scripts: Mutex<VecDeque<Script>>,
     submitted: Mutex<Vec<GenerateRequest>>,
 }
@@ -40,6 +41,7 @@ impl Scripted {
         Arc::new(Self {
             info,
             ready: true,
+            budget: None,
             scripts: Mutex::new(scripts.into_iter().collect()),
             submitted: Mutex::default(),
         })
@@ -74,6 +76,10 @@ impl Generate for Scripted {
         let script = self.scripts.lock().unwrap().pop_front().expect("a request that the script does not have");
         self.submitted.lock().unwrap().push(request);
         script.map(Events::new)
+    }
+
+    fn budget(&self) -> Option<BudgetState> {
+        self.budget.clone()
     }
 
     fn ready(&self) -> bool {
@@ -442,8 +448,31 @@ async fn fields_reach_the_generator_as_given_and_defaults_are_openais() {
         grammar: Some(GrammarSpec::JsonObject),
         cache_salt: "tenant".into(),
         router: Some("dynk:0.5".parse().unwrap()),
+        budget_version: None,
     };
     assert_eq!(submitted[1], given);
+}
+
+#[tokio::test]
+async fn all_prompts_of_a_request_keep_the_budgets_version_and_the_answer_tells_it() {
+    let whole = || told([text("x"), done(1)]);
+    let generate = Arc::new(Scripted {
+        budget: Some(BudgetState {
+            version: 7,
+            router: "policy:p.json,at=0.6000".parse().unwrap(),
+            share: 0.6,
+            shed: true,
+        }),
+        ..Arc::into_inner(Scripted::new([whole(), whole(), whole()])).unwrap()
+    });
+    let answer = complete(&generate, json!({"prompt": ["a", "b"]})).await.json();
+    assert_eq!(answer["usage"]["moe"]["router"], "policy:p.json,at=0.6000");
+    assert_eq!(answer["usage"]["moe"]["budget"], json!({"version": 7, "share": 0.6, "shed": true}));
+    // Who names a router has no part in the budget.
+    let answer = complete(&generate, json!({"prompt": "a", "router": "topk:1"})).await.json();
+    assert_eq!((&answer["usage"]["moe"]["router"], answer["usage"]["moe"].get("budget")), (&json!("topk:1"), None));
+    let versions: Vec<_> = generate.submitted.lock().unwrap().iter().map(|r| r.budget_version).collect();
+    assert_eq!(versions, [Some(7), Some(7), None]);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Reads a router's arguments with one kind of message for every mistake.
 
 use super::{RouterEntry, Weights};
-use crate::moe::calibration::{Calibration, Calibrations};
+use crate::moe::calibration::{Calibration, Calibrations, PolicyTable};
 use crate::types::{MoeShape, RouterSpec, SpecError};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -76,6 +76,17 @@ impl<'a> SpecArgs<'a> {
         let calibration = files.open(path, shape).map_err(|problem| self.error(problem))?;
         self.calibration = Some(calibration.clone());
         Ok(calibration)
+    }
+
+    /// The policy of the calibration that was read from `file`.
+    pub fn policy_of<'c>(&self, file: &str, calibration: &'c Calibration) -> Result<&'c PolicyTable, SpecError> {
+        let table = calibration.policy.as_ref();
+        table.ok_or_else(|| self.error(format!("{file} has statistics alone: give moe-calibrate a --target-flops")))
+    }
+
+    /// The option `key` as it is.
+    pub fn option_text(&mut self, key: &'static str) -> Option<String> {
+        self.take(key)
     }
 
     /// A share: a number in (0, 1].

@@ -9,6 +9,7 @@
 //! softmax over all E gate logits, sorted.
 
 mod args;
+mod budget;
 mod complexity;
 mod context;
 mod contrib;
@@ -27,6 +28,7 @@ mod topk;
 mod uniform;
 
 pub use args::SpecArgs;
+pub use budget::{BudgetScope, BudgetSpec};
 pub use complexity::Complexity;
 pub use context::{Probe, RouteCtx, StepTokens, StepTrace};
 pub use estimator::{ESTIMATORS, Estimator, EstimatorEntry, estimator};
@@ -94,6 +96,7 @@ pub static ROUTERS: &[RouterEntry] = &[
     contrib::ENTRY,
     complexity::ENTRY,
     policy::ENTRY,
+    budget::ENTRY,
     uniform::ENTRY,
 ];
 

@@ -1,9 +1,9 @@
 //! `policy:FILE`: what `moe-calibrate` found for a budget, layer by layer.
 
-use super::{GateView, Router, RouterEntry, Rule, Weights};
+use super::{GateView, Router, RouterEntry, Rule, SpecArgs, Weights};
 use crate::moe::RoutingBuilder;
-use crate::moe::calibration::Calibration;
-use crate::types::MoeShape;
+use crate::moe::calibration::{Calibration, PolicyTable};
+use crate::types::{MoeShape, SpecError};
 use std::sync::Arc;
 
 pub(super) const ENTRY: RouterEntry = RouterEntry {
@@ -19,17 +19,26 @@ pub(super) const ENTRY: RouterEntry = RouterEntry {
         let file = args.one_arg("FILE")?;
         let at = args.option_share("at")?;
         let calibration = args.open(file, shape)?;
-        let Some(table) = &calibration.policy else {
-            return Err(args.error(format!("{file} has statistics alone: give moe-calibrate a --target-flops")));
-        };
-        let rung = table.rung(at.map_or(table.target, f64::from));
-        let (rules, mean_k) = (rung.rules.clone(), rung.mean_k);
-        if table.lsq {
-            args.weights = Weights::Lsq;
-        }
-        Ok(Box::new(Calibrated { rules, mean_k, calibration, top_k: shape.top_k }))
+        let table = args.policy_of(file, &calibration)?;
+        calibrated(args, shape, &calibration, table, at.map(f64::from))
     },
 };
+
+/// The rung of `table` for a share of native routing's cost, or for the table's own target.
+pub(super) fn calibrated(
+    args: &mut SpecArgs<'_>,
+    shape: &MoeShape,
+    calibration: &Arc<Calibration>,
+    table: &PolicyTable,
+    share: Option<f64>,
+) -> Result<Box<dyn Router>, SpecError> {
+    let rung = table.rung(share.unwrap_or(table.target));
+    if table.lsq {
+        args.weights = Weights::Lsq;
+    }
+    let (rules, mean_k, calibration) = (rung.rules.clone(), rung.mean_k, calibration.clone());
+    Ok(Box::new(Calibrated { rules, mean_k, calibration, top_k: shape.top_k }))
+}
 
 struct Calibrated {
     rules: Vec<Rule>,

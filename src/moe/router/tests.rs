@@ -165,7 +165,7 @@ fn values_out_of_range_are_refused_with_the_range_and_an_example() {
         ("native,weights=big", "one of native, renorm, keep, lsq; got big"),
         (
             "router66:1",
-            "there are native, topk, layers, dynk, ratio, threshold, skip, contrib, complexity, policy, uniform",
+            "there are native, topk, layers, dynk, ratio, threshold, skip, contrib, complexity, policy, budget, uniform",
         ),
     ] {
         let error = Policy::build(&spec.parse().unwrap(), &shape).err().expect(spec).to_string();

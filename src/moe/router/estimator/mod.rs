@@ -44,8 +44,11 @@ pub struct EstimatorEntry {
     /// Whether its measure can be calibrated.
     pub calibrates: bool,
     /// Makes it of what stands after the colon, if anything does.
-    parse: fn(Option<&str>) -> Result<Box<dyn Estimator>, String>,
+    parse: Parse,
 }
+
+/// Makes an estimator of its argument.
+type Parse = fn(Option<&str>) -> Result<Box<dyn Estimator>, String>;
 
 /// Every estimator there is.
 pub static ESTIMATORS: &[EstimatorEntry] = &[
