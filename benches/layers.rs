@@ -1,4 +1,4 @@
-//! One group per layer of the system: routing, projections, grouped experts, one whole step.
+//! One group per layer of the system: routing, projections, grouped experts, attention, one whole step.
 //!
 //! `cargo bench` prints times; ratios within one run are what is worth quoting.
 
@@ -9,7 +9,7 @@ use moe_serve::model::{LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::{GateInput, ROUTERS, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder};
 use moe_serve::ops::{
-    Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout,
+    Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout, attention,
 };
 use moe_serve::types::{Activation, BlockId, MoeShape};
 use std::hint::black_box;
@@ -126,6 +126,42 @@ fn grouped_experts(c: &mut Criterion) {
     group.finish();
 }
 
+/// Attention without and with the entropies of its weights: a prompt of 512 tokens, and 16 sequences of 512 that decode.
+fn entropies(c: &mut Criterion) {
+    let (context, block_size, heads, kv_heads) = (512, 16, 16, 4);
+    let backend = Backend::cpu(DType::BF16);
+    for head_dim in [64, 128] {
+        let mut group = c.benchmark_group(format!("attention_{heads}x{kv_heads}x{head_dim}"));
+        for (name, sequences, start) in [("prefill", 1, 0), ("decode", 16, context - 1)] {
+            let each = context / block_size;
+            let kv_shape = KvShape { layers: 1, blocks: sequences * each, block_size, kv_heads, head_dim };
+            let mut kv = KvCache::new(kv_shape, &backend).expect("memory");
+            let layout = |start: usize| {
+                let blocks = |s: usize| (0..each).map(|b| BlockId((s * each + b) as u32)).collect();
+                let segments = (0..sequences).map(|s| Segment { start, len: context - start, blocks: blocks(s) });
+                StepLayout::new(segments.collect(), &kv, &backend).expect("a layout")
+            };
+            let (full, step) = (layout(0), layout(start));
+            let rows = |seed: u64, heads: usize, step: &StepLayout| {
+                let shape = (step.tokens(), heads * head_dim);
+                Tensor::from_vec(numbers(seed, shape.0 * shape.1), shape, &Device::Cpu).expect("a tensor")
+            };
+            let qkv = |step: &StepLayout| [rows(1, heads, step), rows(2, kv_heads, step), rows(3, kv_heads, step)];
+            attention(qkv(&full).each_ref(), 0, None, &mut kv, &full, None).expect("runs");
+            let (qkv, mut entropy_t) = (qkv(&step), Vec::new());
+            for asked in [false, true] {
+                group.bench_function(BenchmarkId::new(name, if asked { "entropy" } else { "plain" }), |b| {
+                    b.iter(|| {
+                        let entropy_t = asked.then_some(&mut entropy_t);
+                        attention(black_box(&qkv).each_ref(), 0, None, &mut kv, &step, entropy_t).expect("runs")
+                    });
+                });
+            }
+        }
+        group.finish();
+    }
+}
+
 fn bundled() -> Loaded {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/models/stories");
     let bars = indicatif::MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
@@ -179,6 +215,6 @@ fn step(c: &mut Criterion) {
 criterion_group! {
     name = layers;
     config = Criterion::default().sample_size(20);
-    targets = routing, projections, grouped_experts, step
+    targets = routing, projections, grouped_experts, entropies, step
 }
 criterion_main!(layers);

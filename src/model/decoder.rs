@@ -141,7 +141,7 @@ impl CausalLm {
         if let Some(rotary) = &self.rotary {
             (q, k) = (rotary.forward(&q, layout)?, rotary.forward(&k, layout)?);
         }
-        a.o.forward(&ops::attention(&q, &k, &v, layer, a.window, kv, layout)?)
+        a.o.forward(&ops::attention([&q, &k, &v], layer, a.window, kv, layout, None)?)
     }
 
     /// Bytes the weights take.

@@ -138,23 +138,34 @@ impl StepLayout {
 /// Writes this step's keys and values into `layer` of the cache, then lets every query see its sequence up to
 /// itself, at most `window` keys back (the own one included).
 ///
-/// `q [T, heads·hd]`, `k` and `v [T, kv_heads·hd]` → `[T, heads·hd]`; scores are scaled by 1/√hd.
+/// `q [T, heads·hd]`, `k` and `v [T, kv_heads·hd]` → `[T, heads·hd]`; scores are scaled by 1/√hd. `entropy_t`, where
+/// given, becomes `[T]`: the entropy in nats of the weights that a token gives to the positions it sees, the mean over
+/// its query heads. Asking changes no bit of the result.
+///
+/// # Errors
+/// Tensors of a wrong kind, a failure of the device, or entropies asked of CUDA, which computes none.
 pub fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [q, k, v]: [&Tensor; 3],
     layer: usize,
     window: Option<usize>,
     kv: &mut KvCache,
     step: &StepLayout,
+    entropy_t: Option<&mut Vec<f32>>,
 ) -> Result<Tensor> {
     match &mut kv.inner {
         Inner::Cpu(store) => {
             cpu::with_f32(k, |k| cpu::with_f32(v, |v| store.write(layer, k, v, step)))??;
-            let out = cpu::with_f32(q, |q| store.attend(layer, q, step, window))?;
+            let out = cpu::with_f32(q, |q| store.attend(layer, q, step, window, entropy_t))?;
             Tensor::from_vec(out, q.shape(), q.device())
         }
         #[cfg(feature = "cuda")]
-        Inner::Cuda(store) => store.attention(q, k, v, layer, window, step),
+        Inner::Cuda(store) => {
+            if entropy_t.is_some() {
+                candle_core::bail!(
+                    "attention entropy is computed on the CPU alone; on CUDA choose a router that does not read it"
+                );
+            }
+            store.attention(q, k, v, layer, window, step)
+        }
     }
 }

@@ -105,18 +105,28 @@ pub fn layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32>
     y
 }
 
-/// Causal softmax attention of one query head over the keys it sees: `q [hd]`, `keys` and `values` one row per
-/// visible position.
-pub fn attend(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f32> {
+/// How a query head spreads over the keys it sees, softmax of their products: `q [hd]`, `keys` one row per visible
+/// position.
+pub fn attention_weights(q: &[f32], keys: &[&[f32]], scale: f32) -> Vec<f64> {
     let scores: Vec<f64> = keys
         .iter()
         .map(|k| f64::from(scale) * q.iter().zip(*k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>())
         .collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    scores.iter().map(|s| (s - max).exp() / sum).collect()
+}
+
+/// Entropy in nats: `−Σ p·ln p`.
+pub fn entropy(p: &[f64]) -> f64 {
+    p.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum()
+}
+
+/// Causal softmax attention of one query head over the keys it sees: `q [hd]`, `keys` and `values` one row per
+/// visible position.
+pub fn attend(q: &[f32], keys: &[&[f32]], values: &[&[f32]], scale: f32) -> Vec<f32> {
     let mut out = vec![0.0; q.len()];
-    for (score, value) in scores.iter().zip(values) {
-        let p = (score - max).exp() / sum;
+    for (p, value) in attention_weights(q, keys, scale).into_iter().zip(values) {
         for (o, v) in out.iter_mut().zip(*value) {
             *o += (p * f64::from(*v)) as f32;
         }

@@ -110,7 +110,7 @@ pub(super) fn check_copied_blocks(backend: &Backend) {
         let layer = |layer: usize| {
             let seed = seed + 10 * layer as u64;
             let (q, k, v) = (rows(seed), rows(seed + 1), rows(seed + 2));
-            to_host(&attention(&q, &k, &v, layer, None, kv, &step).unwrap()).unwrap()
+            to_host(&attention([&q, &k, &v], layer, None, kv, &step, None).unwrap()).unwrap()
         };
         [0, 1].map(layer).concat()
     };

@@ -175,9 +175,16 @@ impl KvStore {
         }
     }
 
-    /// Attention of `q [T, heads·hd]` over what the tokens see.
-    pub(crate) fn attend(&self, layer: usize, q: &[f32], step: &StepLayout, window: Option<usize>) -> Vec<f32> {
-        self.attend_on(Isa::get(), layer, q, step, window)
+    /// Attention of `q [T, heads·hd]` over what the tokens see; `entropy_t` as in [`crate::ops::attention`].
+    pub(crate) fn attend(
+        &self,
+        layer: usize,
+        q: &[f32],
+        step: &StepLayout,
+        window: Option<usize>,
+        entropy_t: Option<&mut Vec<f32>>,
+    ) -> Vec<f32> {
+        self.attend_on(Isa::get(), layer, q, step, window, entropy_t)
     }
 
     /// [`Self::attend`] with the kernels of `isa`, which this processor must have.
@@ -188,25 +195,31 @@ impl KvStore {
         q: &[f32],
         step: &StepLayout,
         window: Option<usize>,
+        entropy_t: Option<&mut Vec<f32>>,
     ) -> Vec<f32> {
         let (start, len) = (layer * self.layer_len, self.layer_len);
         let place = Place { block_size: self.block_size, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let heads = q.len() / step.tokens().max(1) / self.head_dim;
         let mut out = vec![0.0; q.len()];
-        let call = Call {
-            isa,
-            place,
-            q,
-            step,
-            window,
-            group: q.len() / step.tokens().max(1) / (self.head_dim * self.kv_heads),
-        };
+        let mut entropy_th = entropy_t.as_ref().map(|_| vec![0.0; step.tokens() * heads]);
+        let call = Call { isa, place, q, step, window, group: heads / self.kv_heads };
+        let results =
+            Results { out: SharedOut::new(&mut out), entropy_th: entropy_th.as_deref_mut().map(SharedOut::new) };
         match &self.data {
-            Data::F32(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
-            Data::Bf16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
-            Data::F16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], &mut out),
+            Data::F32(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
+            Data::Bf16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
+            Data::F16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
+        }
+        if let (Some(entropy_t), Some(entropy_th)) = (entropy_t, entropy_th) {
+            entropy_t.clear();
+            entropy_t.extend((0..step.tokens()).map(|t| mean(&entropy_th[t * heads..(t + 1) * heads])));
         }
         out
     }
+}
+
+fn mean(values: &[f32]) -> f32 {
+    values.iter().sum::<f32>() / values.len() as f32
 }
 
 /// Where a head's rows lie in a layer.
@@ -308,14 +321,22 @@ struct Call<'a> {
     group: usize,
 }
 
+/// What the work items of a call write.
+#[derive(Clone, Copy)]
+struct Results {
+    /// `[T, heads·hd]`
+    out: SharedOut,
+    /// Entropy of every head's weights, `[T, heads]`, where it is asked for.
+    entropy_th: Option<SharedOut>,
+}
+
 impl Call<'_> {
-    fn attend<E: Element>(&self, k: &[E], v: &[E], out: &mut [f32]) {
+    fn attend<E: Element>(&self, k: &[E], v: &[E], results: Results) {
         let (tiles, kv_heads) = (self.tiles(), self.place.kv_heads);
         let row = self.group * kv_heads * self.place.head_dim;
         let seen: usize = self.step.positions().iter().map(|&p| self.seen(p as usize).len()).sum();
-        let out = SharedOut::new(out);
         for_each(tiles.len() * kv_heads, 4 * seen * row, |item| {
-            self.attend_tile(&tiles[item / kv_heads], item % kv_heads, k, v, out);
+            self.attend_tile(&tiles[item / kv_heads], item % kv_heads, k, v, results);
         });
     }
 
@@ -339,14 +360,15 @@ impl Call<'_> {
     }
 
     /// Writes the outputs of the query heads that share KV head `head`.
-    fn attend_tile<E: Element>(&self, tile: &Tile<'_>, head: usize, k: &[E], v: &[E], out: SharedOut) {
+    fn attend_tile<E: Element>(&self, tile: &Tile<'_>, head: usize, k: &[E], v: &[E], results: Results) {
         let Self { place, group, .. } = *self;
         let hd = place.head_dim;
-        let at = |row: usize| (((tile.t + row / group) * place.kv_heads + head) * group + row % group) * hd;
+        let query = |row: usize| ((tile.t + row / group) * place.kv_heads + head) * group + row % group;
         let rows = tile.len * group;
-        let mut softmax = Rows::new(hd, (0..rows).map(|row| self.seen(tile.position + row / group)).collect());
+        let seen = (0..rows).map(|row| self.seen(tile.position + row / group)).collect();
+        let mut softmax = Rows::new(hd, seen, results.entropy_th.is_some());
         for row in 0..rows {
-            softmax.set_query(row, &self.q[at(row)..at(row) + hd]);
+            softmax.set_query(row, &self.q[query(row) * hd..(query(row) + 1) * hd]);
         }
         let (first, end) = (self.seen(tile.position).start, tile.position + tile.len);
         let mut wide = vec![0.0; CHUNK * softmax.width()];
@@ -359,7 +381,11 @@ impl Call<'_> {
         }
         for row in 0..rows {
             // SAFETY: items write the disjoint outputs of their tokens' query groups.
-            softmax.finish(row, unsafe { std::slice::from_raw_parts_mut(out.from(at(row)), hd) });
+            softmax.finish(row, unsafe { std::slice::from_raw_parts_mut(results.out.from(query(row) * hd), hd) });
+            if let Some(entropy_th) = results.entropy_th {
+                // SAFETY: as above, with one element per query.
+                unsafe { *entropy_th.from(query(row)) = softmax.entropy(row) };
+            }
         }
     }
 }

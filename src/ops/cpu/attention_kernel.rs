@@ -28,6 +28,8 @@ pub(super) struct Rows {
     max: Vec<f32>,
     /// Sums of weights by lane.
     sums: Vec<[f32; LANES]>,
+    /// Sums of weights times their exponents by lane, for the entropies; empty if nobody asks for them.
+    moments: Vec<[f32; LANES]>,
     /// Scores of a chunk, then weights.
     weights: Vec<[f32; CHUNK]>,
     /// Weighted sums of values, `[rows, width]`.
@@ -35,7 +37,8 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    pub(super) fn new(head_dim: usize, seen: Vec<Range<usize>>) -> Self {
+    /// With `entropies`, [`Self::entropy`] may be asked for.
+    pub(super) fn new(head_dim: usize, seen: Vec<Range<usize>>, entropies: bool) -> Self {
         let (rows, width) = (seen.len(), head_dim.next_multiple_of(LANES));
         Self {
             rows,
@@ -46,6 +49,7 @@ impl Rows {
             seen,
             max: vec![f32::NEG_INFINITY; rows],
             sums: vec![[0.0; LANES]; rows],
+            moments: vec![[0.0; LANES]; if entropies { rows } else { 0 }],
             weights: vec![[0.0; CHUNK]; rows],
             out: vec![0.0; rows * width],
         }
@@ -102,6 +106,15 @@ impl Rows {
         out.iter_mut().zip(&self.out[row * self.width..]).for_each(|(o, x)| *o = x / sum);
     }
 
+    /// Entropy of what a row's softmax gave, in nats: with weights wᵢ = 2^eᵢ of sum Z, ln Z − ln 2 · Σ wᵢ·eᵢ / Z.
+    pub(super) fn entropy(&self, row: usize) -> f32 {
+        let sum: f32 = self.sums[row].iter().sum();
+        let moment: f32 = self.moments[row].iter().sum();
+        // Never negative, and nothing cancels: the largest weight is 1, so that Z is at least that, and no exponent is
+        // above 0.
+        sum.ln() - std::f32::consts::LN_2 * moment / sum
+    }
+
     /// Scores of rows `first..first + R` for the strips of the chunk that one of them sees, `P` at once.
     #[inline(always)]
     fn score_rows<S: Simd, const R: usize, const P: usize>(&mut self, simd: S, first: usize, keys: &[f32]) {
@@ -144,9 +157,21 @@ impl Rows {
         }
     }
 
+    /// Turns all rows' scores into weights.
+    #[inline(always)]
+    fn exponents<S: Simd>(&mut self) {
+        for row in 0..self.rows {
+            if self.moments.is_empty() {
+                self.exponents_of::<S, false>(row);
+            } else {
+                self.exponents_of::<S, true>(row);
+            }
+        }
+    }
+
     /// Turns a row's scores into weights, and scales what it has summed if one is larger than all before.
     #[inline(always)]
-    fn exponents<S: Simd>(&mut self, row: usize) {
+    fn exponents_of<S: Simd, const ENTROPY: bool>(&mut self, row: usize) {
         let here = self.here[row].clone();
         if here.is_empty() {
             return;
@@ -173,18 +198,33 @@ impl Rows {
         // While all scores are -∞, so are their differences, instead of NaN.
         let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
         let mut sums = self.sums[row];
+        let mut moments = if ENTROPY { self.moments[row] } else { [0.0; LANES] };
         if max != before {
             let scale = exp2(S::FUSED, before - base);
+            if ENTROPY {
+                // All exponents so far move by as much as the largest score did.
+                let shift = larger(before - base, EXPONENT_MIN);
+                for i in 0..LANES {
+                    moments[i] = mul_add(S::FUSED, shift, sums[i], moments[i]) * scale;
+                }
+            }
             sums.iter_mut().for_each(|s| *s *= scale);
             self.out[row * self.width..(row + 1) * self.width].iter_mut().for_each(|o| *o *= scale);
         }
         for strip in strips {
             for i in 0..LANES {
-                strip[i] = exp2(S::FUSED, strip[i] - base);
+                let exponent = strip[i] - base;
+                strip[i] = exp2(S::FUSED, exponent);
                 sums[i] += strip[i];
+                if ENTROPY {
+                    moments[i] = mul_add(S::FUSED, strip[i], larger(exponent, EXPONENT_MIN), moments[i]);
+                }
             }
         }
         self.sums[row] = sums;
+        if ENTROPY {
+            self.moments[row] = moments;
+        }
     }
 
     /// Adds values to rows `first..first + R`: together where all see them, the rest one row at a time. For every
@@ -325,6 +365,9 @@ fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
+/// Below this, [`exp2`] is 0: a product with it may take this for the exponent, where 0 · -∞ would be NaN.
+const EXPONENT_MIN: f32 = -126.0;
+
 /// 2ˣ for x ≤ 0, 0 below the normal numbers.
 #[inline(always)]
 pub(super) fn exp2(fused: bool, x: f32) -> f32 {
@@ -337,7 +380,7 @@ pub(super) fn exp2(fused: bool, x: f32) -> f32 {
     for c in &POLY[1..] {
         y = mul_add(fused, y, rest, *c);
     }
-    if x < -126.0 { 0.0 } else { y * power }
+    if x < EXPONENT_MIN { 0.0 } else { y * power }
 }
 
 /// Of 2ˣ in ±½, highest power first: through 1 at 0 and the Chebyshev nodes; relative error 10⁻⁸.
@@ -362,9 +405,7 @@ macro_rules! cover {
 
 fn score_portable(rows: &mut Rows, keys: &[f32]) {
     cover!(rows.score_rows(Portable, keys), [(2, 1), (1, 1)]);
-    for row in 0..rows.rows {
-        rows.exponents::<Portable>(row);
-    }
+    rows.exponents::<Portable>();
 }
 
 fn weigh_portable(rows: &mut Rows, values: &[f32]) {
@@ -443,9 +484,7 @@ mod x86 {
     pub(super) fn score_avx512(rows: &mut Rows, keys: &[f32]) {
         let simd = Avx512(());
         cover!(rows.score_rows(simd, keys), [(12, 2), (8, 2), (4, 4), (3, 4), (2, 4), (1, 4)]);
-        for row in 0..rows.rows {
-            rows.exponents::<Avx512>(row);
-        }
+        rows.exponents::<Avx512>();
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -458,9 +497,7 @@ mod x86 {
     pub(super) fn score_avx2(rows: &mut Rows, keys: &[f32]) {
         let simd = Avx2(());
         cover!(rows.score_rows(simd, keys), [(6, 1), (3, 2), (2, 2), (1, 4)]);
-        for row in 0..rows.rows {
-            rows.exponents::<Avx2>(row);
-        }
+        rows.exponents::<Avx2>();
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

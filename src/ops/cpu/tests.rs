@@ -145,7 +145,7 @@ fn check_attention(
                 BlockId(next_block)
             })
             .collect();
-        let mut out = Vec::new();
+        let (mut out, mut entropy, mut entropy_t) = (Vec::new(), Vec::new(), Vec::new());
         for (start, len) in [(0, cached), (cached, fresh)] {
             if len == 0 {
                 continue;
@@ -153,10 +153,14 @@ fn check_attention(
             let step = StepLayout::new(vec![Segment { start, len, blocks: blocks.clone() }], &kv, &backend).unwrap();
             let at = first_row + start;
             let (q, k, v) = (rows(&q, heads * hd, at, len), rows(&k, kv_width, at, len), rows(&v, kv_width, at, len));
-            out.extend(host_f32(&attend(&q, &k, &v, 1, window, &mut kv, &step).unwrap()).unwrap());
+            let y = attend([&q, &k, &v], 1, window, &mut kv, &step, Some(&mut entropy_t)).unwrap();
+            out.extend(host_f32(&y).unwrap());
+            entropy.extend_from_slice(&entropy_t);
         }
+        assert_eq!(entropy.len(), cached + fresh);
         for t in 0..cached + fresh {
             let from = window.map_or(0, |w| (t + 1).saturating_sub(w));
+            let mut entropies = 0.0;
             for h in 0..heads {
                 let part = |x: &'_ [f32], t: usize| -> Vec<f32> {
                     let at = (first_row + t) * kv_width + h / group * hd;
@@ -165,14 +169,14 @@ fn check_attention(
                 let keys: Vec<Vec<f32>> = (from..=t).map(|t| part(&k, t)).collect();
                 let values: Vec<Vec<f32>> = (from..=t).map(|t| part(&v, t)).collect();
                 let at = ((first_row + t) * heads + h) * hd;
-                let want = reference::attend(
-                    &q[at..at + hd],
-                    &keys.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                    &values.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                    1.0 / (hd as f32).sqrt(),
-                );
+                let keys: Vec<_> = keys.iter().map(Vec::as_slice).collect();
+                let values: Vec<_> = values.iter().map(Vec::as_slice).collect();
+                let (q, scale) = (&q[at..at + hd], 1.0 / (hd as f32).sqrt());
+                let want = reference::attend(q, &keys, &values, scale);
                 assert_close(&out[(t * heads + h) * hd..(t * heads + h + 1) * hd], &want, 1e-5);
+                entropies += reference::entropy(&reference::attention_weights(q, &keys, scale));
             }
+            assert_close(&entropy[t..=t], &[(entropies / heads as f64) as f32], 1e-5);
         }
         first_row += cached + fresh;
     }
@@ -240,11 +244,19 @@ fn layout(segments: Vec<Segment>, shape: KvShape) -> StepLayout {
     StepLayout::new(segments, &KvCache::new(shape, &backend).unwrap(), &backend).unwrap()
 }
 
+/// What attention gave to a sequence: `[T, heads·hd]`, and `[T]` where entropies were asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Attended {
+    out: Vec<f32>,
+    entropy_t: Vec<f32>,
+}
+
 /// Sequences of random keys and values in scattered blocks, and queries for all their tokens.
 struct Sequences {
     shape: KvShape,
     group: usize,
     window: Option<usize>,
+    entropies: bool,
     blocks: Vec<Vec<BlockId>>,
     lens: Vec<usize>,
     q: Vec<Vec<f32>>,
@@ -271,6 +283,7 @@ impl Sequences {
             shape: KvShape { layers: 2, blocks: count, block_size, kv_heads, head_dim },
             group,
             window: None,
+            entropies: true,
             blocks,
             lens: lens.to_vec(),
             // Large enough for some weights to vanish.
@@ -281,10 +294,10 @@ impl Sequences {
     }
 
     /// The results of every sequence; a step takes from each the next of its parts, in turn.
-    fn run(&self, isa: isa::Isa, dtype: DType, parts: &[Vec<usize>]) -> Vec<Vec<f32>> {
+    fn run(&self, isa: isa::Isa, dtype: DType, parts: &[Vec<usize>]) -> Vec<Attended> {
         let mut store = KvStore::new(&self.shape, dtype);
         let kv_width = self.shape.kv_heads * self.shape.head_dim;
-        let (mut done, mut out) = (vec![0; parts.len()], vec![Vec::new(); parts.len()]);
+        let (mut done, mut out) = (vec![0; parts.len()], vec![Attended::default(); parts.len()]);
         for turn in 0..parts.iter().map(Vec::len).max().unwrap_or(0) {
             let (mut segments, mut rows) = (Vec::new(), Vec::new());
             let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
@@ -293,7 +306,7 @@ impl Sequences {
                 let start = done[i];
                 done[i] += len;
                 segments.push(Segment { start, len, blocks: self.blocks[i].clone() });
-                rows.push((i, len * kv_width * self.group));
+                rows.push((i, len));
                 let part = |x: &[f32], width: usize| x[start * width..(start + len) * width].to_vec();
                 q.extend(part(&self.q[i], kv_width * self.group));
                 k.extend(part(&self.k[i], kv_width));
@@ -301,38 +314,40 @@ impl Sequences {
             }
             let step = layout(segments, self.shape);
             store.write(1, &k, &v, &step);
-            let y = store.attend_on(isa, 1, &q, &step, self.window);
-            let mut y = y.as_slice();
+            let mut entropy_t = Vec::new();
+            let y = store.attend_on(isa, 1, &q, &step, self.window, self.entropies.then_some(&mut entropy_t));
+            let (mut y, mut entropy_t) = (y.as_slice(), entropy_t.as_slice());
             for (i, len) in rows {
-                out[i].extend_from_slice(y.split_off(..len).unwrap());
+                out[i].out.extend_from_slice(y.split_off(..len * kv_width * self.group).unwrap());
+                out[i].entropy_t.extend_from_slice(entropy_t.split_off(..len.min(entropy_t.len())).unwrap());
             }
         }
         out
     }
 
     /// Every sequence as one part.
-    fn whole(&self, isa: isa::Isa, dtype: DType) -> Vec<Vec<f32>> {
+    fn whole(&self, isa: isa::Isa, dtype: DType) -> Vec<Attended> {
         self.run(isa, dtype, &self.lens.iter().map(|len| vec![*len]).collect::<Vec<_>>())
     }
 
     /// What the reference computes for sequence `i`.
-    fn want(&self, i: usize) -> Vec<f32> {
+    fn want(&self, i: usize) -> Attended {
         let (hd, kv_heads) = (self.shape.head_dim, self.shape.kv_heads);
-        let mut out = Vec::new();
+        let (mut out, mut entropies) = (Vec::new(), Vec::new());
         for (row, q) in self.q[i].chunks_exact(hd).enumerate() {
             let (t, head) = (row / (kv_heads * self.group), row % (kv_heads * self.group) / self.group);
             let from = self.window.map_or(0, |w| (t + 1).saturating_sub(w));
             let part = |x: &'_ [f32], t: usize| x[(t * kv_heads + head) * hd..][..hd].to_vec();
             let keys: Vec<Vec<f32>> = (from..=t).map(|t| part(&self.k[i], t)).collect();
             let values: Vec<Vec<f32>> = (from..=t).map(|t| part(&self.v[i], t)).collect();
-            out.extend(reference::attend(
-                q,
-                &keys.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                &values.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-                1.0 / (hd as f32).sqrt(),
-            ));
+            let keys: Vec<_> = keys.iter().map(Vec::as_slice).collect();
+            let values: Vec<_> = values.iter().map(Vec::as_slice).collect();
+            let scale = 1.0 / (hd as f32).sqrt();
+            out.extend(reference::attend(q, &keys, &values, scale));
+            entropies.push(reference::entropy(&reference::attention_weights(q, &keys, scale)));
         }
-        out
+        let tokens = entropies.chunks_exact(kv_heads * self.group);
+        Attended { out, entropy_t: tokens.map(|h| (h.iter().sum::<f64>() / h.len() as f64) as f32).collect() }
     }
 }
 
@@ -363,7 +378,25 @@ proptest! {
         let sequences = Sequences { window, ..Sequences::new(&lens, group, kv_heads, hd, block_size, seed) };
         for isa in isa::Isa::available() {
             for (i, got) in sequences.whole(isa, dtype).iter().enumerate() {
-                assert_close(got, &sequences.want(i), 1e-5);
+                let want = sequences.want(i);
+                assert_close(&got.out, &want.out, 1e-5);
+                assert_close(&got.entropy_t, &want.entropy_t, 1e-5);
+                prop_assert!(got.entropy_t.iter().all(|h| *h >= 0.0), "{isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn asking_for_entropies_changes_no_bit_of_attention(
+        lens in proptest::collection::vec(1usize..150, 1..4), group in 1usize..9, kv_heads in 1usize..3,
+        hd in head_dims(), window in proptest::option::of(1usize..100), dtype in dtypes(), seed in 0u64..1000,
+    ) {
+        let asked = Sequences { window, ..Sequences::new(&lens, group, kv_heads, hd, 16, seed) };
+        let unasked = Sequences { window, entropies: false, ..Sequences::new(&lens, group, kv_heads, hd, 16, seed) };
+        for isa in isa::Isa::available() {
+            for (asked, unasked) in asked.whole(isa, dtype).iter().zip(unasked.whole(isa, dtype)) {
+                prop_assert!(asked.out == unasked.out, "{isa:?}");
+                prop_assert!(unasked.entropy_t.is_empty());
             }
         }
     }
@@ -401,8 +434,10 @@ proptest! {
         for isa in isa::Isa::available() {
             let (good, spoiled) = (sequences.whole(isa, DType::F32), spoiled.whole(isa, DType::F32));
             let upto = first_bad * group * hd;
-            prop_assert!(good[0][..upto] == spoiled[0][..upto], "{isa:?}");
-            prop_assert!(spoiled[0][upto..].iter().all(|x| !x.is_finite()));
+            let (good, spoiled) = (&good[0], &spoiled[0]);
+            prop_assert!(good.out[..upto] == spoiled.out[..upto], "{isa:?}");
+            prop_assert!(good.entropy_t[..first_bad] == spoiled.entropy_t[..first_bad], "{isa:?}");
+            prop_assert!(spoiled.out[upto..].iter().all(|x| !x.is_finite()));
         }
     }
 }
@@ -428,7 +463,63 @@ fn attention_to_one_position_gives_back_its_value() {
     let step = layout(segments.collect(), shape);
     let zeros = vec![0.0; values.len()];
     store.write(0, &zeros, values, &step);
-    assert_eq!(store.attend(0, &zeros, &step, None), values);
+    let mut entropy_t = Vec::new();
+    assert_eq!(store.attend(0, &zeros, &step, None, Some(&mut entropy_t)), values);
+    assert_eq!(entropy_t, vec![0.0; tokens]);
+}
+
+/// Entropy of the last of the tokens whose scores, on one head, are `scores`.
+fn entropy_of_last(isa: isa::Isa, scores: &[f32], window: Option<usize>) -> f32 {
+    let tokens = scores.len();
+    let shape = KvShape { layers: 1, blocks: tokens.div_ceil(16), block_size: 16, kv_heads: 1, head_dim: 1 };
+    let blocks: Vec<_> = (0..shape.blocks as u32).map(BlockId).collect();
+    let mut store = KvStore::new(&shape, DType::F32);
+    let all = Segment { start: 0, len: tokens, blocks: blocks.clone() };
+    store.write(0, scores, scores, &layout(vec![all], shape));
+    let last = layout(vec![Segment { start: tokens - 1, len: 1, blocks }], shape);
+    let mut entropy_t = Vec::new();
+    store.attend_on(isa, 0, &[1.0], &last, window, Some(&mut entropy_t));
+    entropy_t[0]
+}
+
+#[test]
+fn entropy_of_equal_scores_is_the_logarithm_of_their_number() {
+    for isa in isa::Isa::available() {
+        for score in [0.0, -3.0, 1000.0] {
+            for n in [1, 2, 15, 16, 17, 64, 65, 1000, 40_000] {
+                assert_eq!(
+                    entropy_of_last(isa, &vec![score; n], None),
+                    (n as f32).ln(),
+                    "{isa:?}, {n} scores of {score}"
+                );
+                let window = entropy_of_last(isa, &vec![score; n], Some(100));
+                assert_eq!(window, (n.min(100) as f32).ln(), "{isa:?}, the last 100 of {n} scores of {score}");
+            }
+        }
+    }
+}
+
+#[test]
+fn entropy_of_a_long_context_survives_any_course_of_the_largest_score() {
+    let n = 40_000;
+    let noise = numbers(1, n);
+    // Rising, falling, wavering, and with steps so high that all before them vanishes.
+    let courses: [fn(usize) -> f32; 5] = [
+        |i| i as f32 * 1e-3,
+        |i| i as f32 * -1e-3,
+        |i| 5.0 * (i as f32 * 1e-3).sin(),
+        |i| (i / 10_000) as f32 * 200.0,
+        |i| if i == 20_000 { 300.0 } else { 0.0 },
+    ];
+    for (course, seen) in courses.iter().zip(["rising", "falling", "wavering", "steps", "one"]) {
+        let scores: Vec<f32> = (0..n).map(|i| course(i) + noise[i]).collect();
+        let keys: Vec<&[f32]> = scores.chunks(1).collect();
+        let want = reference::entropy(&reference::attention_weights(&[1.0], &keys, 1.0)) as f32;
+        for isa in isa::Isa::available() {
+            let got = entropy_of_last(isa, &scores, None);
+            assert!((got - want).abs() <= 1e-4, "{isa:?}, {seen}: {got} is not {want}");
+        }
+    }
 }
 
 #[test]

@@ -229,7 +229,7 @@ impl Case {
             }
             let t = step.tokens();
             let (q, k, v) = (tensor(&q, t, backend), tensor(&k, t, backend), tensor(&v, t, backend));
-            to_host(&attention(&q, &k, &v, 1, window, &mut kv, &step).unwrap()).unwrap()
+            to_host(&attention([&q, &k, &v], 1, window, &mut kv, &step, None).unwrap()).unwrap()
         };
         for (s, (_, (cached, _), _)) in sequences.iter().enumerate() {
             for from in (0..*cached).step_by(chunk) {
