@@ -6,7 +6,7 @@ use super::core::{EngineConfig, StartError};
 use super::text::{Text, TextError};
 use super::worker::Engine;
 use crate::model::hub::{Files, HubOptions, bar_style, resolve};
-use crate::model::{LoadError, LoadOptions, hash, load};
+use crate::model::{LoadError, LoadOptions, Loaded, hash, load};
 use crate::moe::Policy;
 use crate::moe::calibration::Calibrations;
 use crate::types::{ModelShape, RouterSpec, SpecError};
@@ -19,6 +19,15 @@ pub struct Found {
     pub name: String,
     pub files: Files,
     bars: MultiProgress,
+}
+
+/// A model that is loaded and not running yet.
+pub struct Opened {
+    pub name: String,
+    pub files: Files,
+    pub loaded: Loaded,
+    /// Its tokenizer.
+    pub text: Text,
 }
 
 /// A running engine, and what its model is.
@@ -75,6 +84,14 @@ impl Found {
         router: &RouterSpec,
         config: EngineConfig,
     ) -> Result<Launched, LaunchError> {
+        self.load(options)?.start(router, config)
+    }
+
+    /// Loads it.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded.
+    pub fn load(self, options: &LoadOptions) -> Result<Opened, LaunchError> {
         let bar = self.bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));
         let loaded = load(&self.files, options, {
             let bar = bar.clone();
@@ -87,13 +104,24 @@ impl Found {
         for field in &loaded.unread_config {
             tracing::warn!("config.json has a field `{field}` that this program does not know; it was ignored");
         }
+        let text = Text::read(&self.files.tokenizer, loaded.model.shape().vocab)?;
+        Ok(Opened { name: self.name, files: self.files, loaded, text })
+    }
+}
+
+impl Opened {
+    /// Starts an engine, in which requests call the model by its name.
+    ///
+    /// # Errors
+    /// A router that does not suit the model, too little memory.
+    pub fn start(self, router: &RouterSpec, config: EngineConfig) -> Result<Launched, LaunchError> {
+        let Self { name, files, loaded, text } = self;
         let shape = loaded.model.shape().clone();
         let backend = loaded.model.backend();
         let dtype = format!("{:?}", backend.dtype()).to_lowercase();
         let runs_on = format!("{} with {dtype} weights", backend.describe());
         let weight_bytes = loaded.model.bytes() as u64;
-        let text = Text::read(&self.files.tokenizer, shape.vocab)?;
-        let calibrations = calibrations(&self.files);
+        let calibrations = calibrations(&files);
         let policy = Policy::build_with(router, &shape.moe, &calibrations)?;
         let budget = match (router.name.as_str(), config.load_shed) {
             ("budget", shed_to) => Some(Budget::new(router, &shape.moe, &calibrations, shed_to)?),
@@ -102,9 +130,9 @@ impl Found {
                 return Err(router.error("keeps no budget that --load-shed could lower; use budget:…").into());
             }
         };
-        let engine = Engine::with_budget(self.name, loaded, text.clone(), (policy, budget), config)?;
+        let engine = Engine::with_budget(name, loaded, text.clone(), (policy, budget), config)?;
         let engine = engine.with_files(calibrations);
-        Ok(Launched { engine, files: self.files, shape, runs_on, dtype, text, weight_bytes })
+        Ok(Launched { engine, files, shape, runs_on, dtype, text, weight_bytes })
     }
 }
 

@@ -17,7 +17,7 @@ mod vocab;
 mod worker;
 
 pub use core::{EngineConfig, KvSize, RequestRouters, StartError};
-pub use launch::{Found, LaunchError, Launched, calibrations, default_name};
+pub use launch::{Found, LaunchError, Launched, Opened, calibrations, default_name};
 pub use text::{Text, TextError};
 pub use worker::Engine;
 

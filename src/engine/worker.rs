@@ -109,6 +109,11 @@ impl Engine {
         self
     }
 
+    /// The calibrations that requests may name, if they may.
+    pub fn files(&self) -> Option<&Calibrations> {
+        self.files.as_ref()
+    }
+
     /// Bytes of the KV cache.
     pub fn kv_bytes(&self) -> u64 {
         self.kv_bytes

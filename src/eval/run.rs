@@ -256,7 +256,7 @@ fn order(open: &[usize], questions: &[Question], routes: &Routes) -> Vec<(usize,
 }
 
 /// Σ p (ln p − ln q) over the vocabulary, of log-probabilities.
-fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
+pub fn kl_divergence(p: &[f32], q: &[f32]) -> f64 {
     let term = |(p, q): (&f32, &f32)| f64::from(*p).exp() * (f64::from(*p) - f64::from(*q));
     p.iter().zip(q).filter(|(p, _)| p.is_finite()).map(term).sum()
 }

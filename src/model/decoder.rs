@@ -82,16 +82,20 @@ impl CausalLm {
             x = (x + positions.forward(step.layout.positions())?)?;
         }
         for (i, layer) in self.layers.iter().enumerate() {
+            let asked = routes.signals();
+            let mut attention_entropy_t = Vec::new();
+            let entropy_t =
+                (asked.attention_entropy && matches!(layer.ffn, Ffn::Moe(_))).then_some(&mut attention_entropy_t);
             x = timed(Part::Attention, i, || {
                 let normed = layer.attention_norm.forward(&x)?;
-                &x + self.attend(i, &layer.attention, &normed, step.layout, kv)?
+                &x + self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?
             })?;
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
                 Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
                 Ffn::Moe(moe) => {
-                    let lens_tm = if routes.signals().lens { self.read_out(&x)? } else { Vec::new() };
-                    moe.forward(&normed, &TokenSignals { attention_entropy_t: Vec::new(), lens_tm }, routes)?
+                    let lens_tm = if asked.lens { self.read_out(&x)? } else { Vec::new() };
+                    moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_tm }, routes)?
                 }
             };
             x = (x + out)?;
@@ -130,7 +134,15 @@ impl CausalLm {
         }
     }
 
-    fn attend(&self, layer: usize, a: &Attention, x: &Tensor, layout: &StepLayout, kv: &mut KvCache) -> Result<Tensor> {
+    /// Attention over the cache; tells its entropy where that is asked for.
+    fn attend(
+        &self,
+        layer: usize,
+        a: &Attention,
+        x: &Tensor,
+        layout: &StepLayout,
+        (kv, entropy_t): (&mut KvCache, Option<&mut Vec<f32>>),
+    ) -> Result<Tensor> {
         let (mut q, mut k, mut v) = (a.q.forward(x)?, a.k.forward(x)?, a.v.forward(x)?);
         if let (Some(q_norm), Some(k_norm)) = (&a.q_norm, &a.k_norm) {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
@@ -141,7 +153,7 @@ impl CausalLm {
         if let Some(rotary) = &self.rotary {
             (q, k) = (rotary.forward(&q, layout)?, rotary.forward(&k, layout)?);
         }
-        a.o.forward(&ops::attention([&q, &k, &v], layer, a.window, kv, layout, None)?)
+        a.o.forward(&ops::attention([&q, &k, &v], layer, a.window, kv, layout, entropy_t)?)
     }
 
     /// Bytes the weights take.

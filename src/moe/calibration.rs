@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What the field `format` says.
-const FORMAT: &str = "moe-serve calibration";
+pub const FORMAT: &str = "moe-serve calibration";
 /// Raised whenever the meaning of a field changes.
-const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// Steps of a table of quantiles: quantiles 0, 1/64, …, 1.
 pub const QUANTILE_STEPS: usize = 64;
 /// Steps of a [`Curves`] table: mean k from 1 to k0.
@@ -304,6 +304,17 @@ impl Calibrations {
     /// For the checkpoint whose hash `checkpoint` computes, which is asked for when there is a file to compare it with.
     pub fn new(checkpoint: impl Fn() -> Result<String, String> + Send + Sync + 'static) -> Self {
         Self { checkpoint: Box::new(checkpoint), read: Mutex::default() }
+    }
+
+    /// Makes `calibration` known by `name`, as if it were a file of that name; another name for another one.
+    pub fn insert(&self, name: &str, calibration: Calibration) {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.insert(name.into(), Arc::new(calibration));
+    }
+
+    /// Forgets what [`Self::insert`] made known; requests that name it and run already keep it.
+    pub fn remove(&self, name: &str) {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
     }
 
     /// See [`Calibration::read`].

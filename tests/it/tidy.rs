@@ -18,6 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("plot", &[]),
     ("eval", &["engine", "model", "moe", "ops", "plot"]),
+    ("calibrate", &["engine", "eval", "model", "moe", "ops"]),
     ("train", &["moe", "ops", "plot"]),
     ("http", &["chat", "engine", "telemetry", "wire"]),
 ];

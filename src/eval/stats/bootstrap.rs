@@ -36,25 +36,23 @@ pub fn bootstrap<const D: usize>(
     seed: u64,
     statistic: impl Fn(&[f64; D]) -> f64,
 ) -> Option<Estimate> {
-    let n = units.len();
-    let value_of = |mut sums: [f64; D]| {
-        sums.iter_mut().for_each(|s| *s /= n as f64);
+    resampled(units.len(), resamples, seed, |drawn| {
+        let mut sums = [0.0; D];
+        drawn.iter().for_each(|i| add(&mut sums, &units[*i]));
+        sums.iter_mut().for_each(|s| *s /= units.len() as f64);
         statistic(&sums)
-    };
-    let mut all = [0.0; D];
-    units.iter().for_each(|unit| add(&mut all, unit));
-    let value = value_of(all);
+    })
+}
 
+/// The same for a `statistic` of any kind, which sees the indices of `n` units.
+pub fn resampled(n: usize, resamples: usize, seed: u64, statistic: impl Fn(&[usize]) -> f64) -> Option<Estimate> {
+    let value = statistic(&(0..n).collect::<Vec<usize>>());
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    // The high half of the product is uniform in 0..n to within n / 2^64.
+    let mut index = |_| ((u128::from(rng.next_u64()) * n as u128) >> 64) as usize;
     let mut draws: Vec<f64> = Vec::new();
     for _ in 0..if n == 0 { 0 } else { resamples } {
-        let mut sums = [0.0; D];
-        for _ in 0..n {
-            // The high half of the product is uniform in 0..n to within n / 2^64.
-            let index = (u128::from(rng.next_u64()) * n as u128) >> 64;
-            add(&mut sums, &units[index as usize]);
-        }
-        draws.push(value_of(sums));
+        draws.push(statistic(&(0..n).map(&mut index).collect::<Vec<usize>>()));
     }
     draws.sort_by(f64::total_cmp);
     let (low, high) = (percentile(&draws, 0.025)?, percentile(&draws, 0.975)?);

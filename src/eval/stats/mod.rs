@@ -4,7 +4,7 @@
 mod bootstrap;
 mod significance;
 
-pub use bootstrap::{Estimate, Window, bootstrap};
+pub use bootstrap::{Estimate, Window, bootstrap, resampled};
 pub use bootstrap::{bits_per_byte, perplexity, perplexity_difference};
 pub use bootstrap::{mean_difference, mean_interval};
 pub use significance::{holm, mcnemar, sign_flip};

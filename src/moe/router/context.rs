@@ -44,7 +44,8 @@ pub struct StepTrace {
 
 /// Looks at every mixture of a step as it is routed: how calibration sees a model.
 pub trait Probe {
-    /// `layer` is about to run on `x [T, D]`, whose tokens are all in `gate`, with every signal.
+    /// `layer` is about to run on `x [T, D]`, whose tokens are all in `gate`, with every signal that the model can give
+    /// ([`GateView::signals`]).
     ///
     /// # Errors
     /// A failure of the device.
@@ -58,10 +59,19 @@ pub struct RouteCtx<'a> {
     step: &'a StepTokens,
     /// Rows of each policy, `[policies]`.
     rows_p: Vec<Vec<u32>>,
-    signals: Signals,
+    signals: Wanted,
     table: GateTable,
     trace: StepTrace,
     probe: Option<&'a mut dyn Probe>,
+}
+
+/// The signals of a step: what is asked for with a probe is taken where it is there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wanted {
+    /// What policies read.
+    read: Signals,
+    /// What the model is asked for.
+    asked: Signals,
 }
 
 impl<'a> RouteCtx<'a> {
@@ -79,18 +89,20 @@ impl<'a> RouteCtx<'a> {
             ..Default::default()
         };
         let read = policies.iter().zip(&rows_p).filter(|(_, rows)| !rows.is_empty());
-        let signals = read.fold(Signals::default(), |all, (policy, _)| all | policy.signals());
+        let read = read.fold(Signals::default(), |all, (policy, _)| all | policy.signals());
+        let signals = Wanted { read, asked: read };
         Self { shape, policies, step, rows_p, signals, table: GateTable::default(), trace, probe: None }
     }
 
     /// The same with a `probe` that looks on.
     pub fn probed(self, probe: &'a mut dyn Probe) -> Self {
-        Self { signals: Signals { surprisal: self.signals.surprisal, ..Signals::ALL }, probe: Some(probe), ..self }
+        let asked = Signals { surprisal: self.signals.read.surprisal, ..Signals::ALL };
+        Self { signals: Wanted { asked, ..self.signals }, probe: Some(probe), ..self }
     }
 
-    /// What the step's policies read beside the gate's logits.
+    /// What the step's policies read beside the gate's logits, and with a probe all that there is.
     pub fn signals(&self) -> Signals {
-        self.signals
+        self.signals.asked
     }
 
     /// Routes MoE layer `layer` (counted among the MoE layers) by its gate.
@@ -101,7 +113,7 @@ impl<'a> RouteCtx<'a> {
         let tokens = self.step.token_t.len();
         assert_eq!(input.logits_te.len(), tokens * self.shape.experts, "one logit per token and expert");
         let have = Signals { surprisal: !self.step.surprisal_t.is_empty(), ..input.signals() };
-        if let [name, ..] = self.signals.missing(have)[..] {
+        if let [name, ..] = self.signals.read.missing(have)[..] {
             return Err(RoutingError::Signal { name });
         }
         self.table.fill(input.logits_te, self.shape.experts);

@@ -1,6 +1,6 @@
 //! The gate as routers see it: probabilities and order, computed once per layer for all of them.
 
-use super::{GateInput, StepTokens};
+use super::{GateInput, Signals, StepTokens};
 use crate::types::{MoeShape, TokenId};
 
 /// Softmax of the gate over all experts and its descending order, for every token of the step.
@@ -99,7 +99,26 @@ pub struct TokenGate<'a> {
     pub decodes: bool,
 }
 
-impl TokenGate<'_> {
+impl<'a> TokenGate<'a> {
+    /// A token of which nothing is known but its gate.
+    pub fn of(probs_e: &'a [f32], order_e: &'a [u16]) -> Self {
+        TokenGate {
+            row: 0,
+            layer: 0,
+            probs_e,
+            order_e,
+            position: 0,
+            token: 0,
+            hidden_d: &[],
+            gram_ee: &[],
+            lens_m: &[],
+            attention_entropy: f32::NAN,
+            surprisal: f32::NAN,
+            tenant: 0,
+            decodes: false,
+        }
+    }
+
     /// How many experts have at least probability `floor`.
     pub fn count_at_least(&self, floor: f32) -> usize {
         self.order_e.partition_point(|&e| self.probs_e[e as usize] >= floor)
@@ -107,6 +126,11 @@ impl TokenGate<'_> {
 }
 
 impl GateView<'_> {
+    /// What is there of the tokens beside their gate.
+    pub fn signals(&self) -> Signals {
+        Signals { surprisal: !self.step.surprisal_t.is_empty(), ..self.input.signals() }
+    }
+
     /// The tokens to route.
     pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
         self.rows.iter().map(|&row| self.token(row as usize))
