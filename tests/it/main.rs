@@ -3,6 +3,7 @@
 mod async_openai;
 mod bad_input;
 mod binary;
+mod calibrate;
 mod chat;
 mod chat_api;
 mod checkpoint;
