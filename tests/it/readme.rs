@@ -87,6 +87,29 @@ fn every_evaluation_command_has_known_flags_and_those_without_downloads_run() {
 }
 
 #[test]
+fn every_calibration_command_has_known_flags_and_the_one_on_the_bundled_text_runs() {
+    let binary = env!("CARGO_BIN_EXE_moe-calibrate");
+    let found = arguments("moe-calibrate", "cargo run --release --bin moe-calibrate");
+    let help = help(binary, &["--help"]);
+    let mut ran = 0;
+    for words in &found {
+        check(words, &help);
+        // Without text of its own it needs no file but the checkpoint that comes with the source.
+        if !words.iter().any(|word| word == "--data" || word == "--model") {
+            let folder = tempfile::tempdir().unwrap();
+            let model = repo("models/stories-mixtral").display().to_string();
+            let mut command = Command::new(binary);
+            command.current_dir(folder.path()).args(words).args(["--model", &model, "--offline"]);
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+            assert!(folder.path().join("policy.json").is_file());
+            ran += 1;
+        }
+    }
+    assert!(found.len() >= 3 && ran == 1, "{found:?}");
+}
+
+#[test]
 fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
     let binary = env!("CARGO_BIN_EXE_moe-train");
     let found = arguments("moe-train", "cargo run --release --bin moe-train");
