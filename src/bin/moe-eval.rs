@@ -20,10 +20,11 @@ use moe_serve::moe::Policy;
 use moe_serve::moe::calibration::Calibrations;
 use moe_serve::moe::router::{ROUTERS, find, sweep};
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec};
+use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec, hex};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -347,7 +348,7 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let results = results(facts, &runner.log(), &tasks, arms, &plan);
     print!("{}", terminal(&results));
     let paths = write(&args.output, &results).with_context(|| args.output.display().to_string())?;
-    println!("written    {}", paths.map(|p| p.display().to_string()).join(", "));
+    println!("written    {}", paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "));
     Ok(())
 }
 
@@ -438,6 +439,7 @@ fn log(args: &EvalArgs, opened: &Opened, tasks: &[Task]) -> Result<Log> {
         "max_gen_tokens": args.max_gen_tokens,
         "max_length": opened.lm.max_length(),
         "text": args.text.as_ref().map(|_| [Some(args.window), args.text_tokens]),
+        "calibrations": calibration_sums(&args.router)?,
     });
     let Value::Object(settings) = settings else { bail!("settings are an object") };
     std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
@@ -450,6 +452,14 @@ fn log(args: &EvalArgs, opened: &Opened, tasks: &[Task]) -> Result<Log> {
         eprintln!("going on with {} answers in {}", log.outcomes.len(), path.display());
     }
     Ok(log)
+}
+
+/// SHA-256 sums of the files that routers name: with others, answers would be others.
+fn calibration_sums(routers: &[RouterSpec]) -> Result<BTreeMap<&str, String>> {
+    let words = routers.iter().flat_map(|spec| spec.args.iter().chain(spec.options.iter().map(|(_, value)| value)));
+    let files = words.filter(|word| Path::new(word).is_file());
+    let sum = |path: &str| std::fs::read(path).map(|bytes| hex(&Sha256::digest(bytes))).context(path.to_string());
+    files.map(|path| Ok((path.as_str(), sum(path)?))).collect()
 }
 
 /// The prompts of a JSONL file.

@@ -3,7 +3,7 @@
 use super::compare::{Plan, comparisons};
 use super::findings::findings;
 use super::log::Log;
-use super::report::{html, markdown};
+use super::report::{figures, html, markdown};
 use super::results::{Arm, DataFacts, ModelFacts, Results, SCHEMA, Settings};
 use super::suite::Task;
 use std::io;
@@ -43,19 +43,22 @@ pub fn results(facts: RunFacts, log: &Log, tasks: &[Task], arms: Vec<Arm>, plan:
     }
 }
 
-/// Writes `results.json`, `report.md` and `report.html` into `dir` and gives their paths.
+/// Writes `results.json`, `report.md`, `report.html` and a figure of every task that has one into `dir`, and gives their
+/// paths.
 ///
 /// # Errors
 /// A folder that cannot be written to.
-pub fn write(dir: &Path, results: &Results) -> io::Result<[PathBuf; 3]> {
+pub fn write(dir: &Path, results: &Results) -> io::Result<Vec<PathBuf>> {
     let json = serde_json::to_string_pretty(results).map_err(io::Error::from)?;
     let texts = [("results.json", json + "\n"), ("report.md", markdown(results)), ("report.html", html(results))];
-    let mut paths = texts.each_ref().map(|(name, _)| dir.join(name));
-    for (path, (_, text)) in paths.iter_mut().zip(&texts) {
+    let mut texts: Vec<(String, String)> = texts.map(|(name, text)| (name.to_string(), text)).into();
+    texts.extend(figures(results));
+    let paths: Vec<PathBuf> = texts.iter().map(|(name, _)| dir.join(name)).collect();
+    for (path, (_, text)) in paths.iter().zip(&texts) {
         // Whole or not at all: a reader never finds half a document.
         let part = path.with_extension("part");
         std::fs::write(&part, text)?;
-        std::fs::rename(&part, &*path)?;
+        std::fs::rename(&part, path)?;
     }
     Ok(paths)
 }

@@ -179,6 +179,14 @@ impl Canvas {
     }
 }
 
+/// A chart as a file of its own, with its style inside.
+pub fn standalone(chart: &str) -> String {
+    let style =
+        format!("<style>\n{}svg {{ background: var(--bg); }}\n</style>\n", escape(STYLE).replace("&quot;", "\""));
+    let (open, rest) = chart.split_once('\n').unwrap_or((chart, ""));
+    format!("{open}\n{style}{rest}")
+}
+
 /// Text as XML and HTML hold it, in content and in quoted attributes alike.
 pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
