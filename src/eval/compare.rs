@@ -131,7 +131,9 @@ fn control(runner: &Runner<'_>, task: &Task, leg: &Leg, moe: &MoeShape) -> Optio
     let own = outcomes(&log, task, &leg.label);
     let mean_k = routed(&own)?.mean_k();
     let Routes::One(Some(spec)) = &leg.routes else { return None };
-    let weights: Vec<(String, String)> = spec.options.iter().filter(|(name, _)| name == "weights").cloned().collect();
+    let scaled = spec.options.iter().any(|(name, value)| (name.as_str(), value.as_str()) == ("weights", "lsq"));
+    let of_weights = |(name, _): &&(String, String)| name == "weights" || (name == "cal" && scaled);
+    let weights: Vec<(String, String)> = spec.options.iter().filter(of_weights).cloned().collect();
     let role = Role::Control { of: leg.label.clone() };
     // What the control generates is not known yet: about as much as its router did.
     let tokens: Vec<u64> = own.iter().map(|o| o.routed.as_ref().map_or(0, |r| r.tokens)).collect();

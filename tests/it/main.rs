@@ -10,6 +10,7 @@ mod checkpoint;
 mod cli;
 mod completions;
 mod engine;
+mod estimators;
 mod eval;
 mod eval_cli;
 mod eval_golden;
