@@ -328,12 +328,28 @@ impl Core {
         if !tokens.surprisal_t.is_empty() {
             tokens.surprisal_t.resize(tokens.token_t.len(), f32::NAN);
         }
+        if policies.iter().any(|p| !p.batch_invariant()) {
+            (tokens.tenant_t, tokens.decodes_t) = self.company(plan);
+        }
         let layout = StepLayout::new(segments, &self.kv, self.model.backend())?;
         let logit_rows: Vec<u32> = rows.iter().map(|r| r.row).collect();
         let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &logit_rows };
         let mut routes = RouteCtx::new(&self.model.shape().moe, &policies, &tokens);
         let hidden = self.model.forward(&input, &mut self.kv, &mut routes)?;
         Ok(Forwarded { trace: routes.into_trace(), rows, hidden })
+    }
+
+    /// Whose every row of the step is, numbered as the tenants come, and whether it is decoded.
+    fn company(&self, plan: &Plan) -> (Vec<u32>, Vec<bool>) {
+        let (mut tenant_t, mut decodes_t) = (Vec::new(), Vec::new());
+        let mut tenants: BTreeMap<&str, u32> = BTreeMap::new();
+        for (chunk, seq) in plan.chunks.iter().filter_map(|chunk| Some((chunk, self.seqs.get(&chunk.seq)?))) {
+            let next = tenants.len() as u32;
+            let tenant = *tenants.entry(&seq.tenant).or_insert(next);
+            tenant_t.extend(std::iter::repeat_n(tenant, chunk.tokens.len()));
+            decodes_t.extend(std::iter::repeat_n(seq.decodes(chunk), chunk.tokens.len()));
+        }
+        (tenant_t, decodes_t)
     }
 
     /// Books the work of every token, to its request and to the metrics: before any request can end, so that who

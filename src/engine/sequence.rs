@@ -7,7 +7,7 @@ use super::sampler::Sampler;
 use super::score::distribution;
 use super::text::{Text, TextStream};
 use crate::moe::Policy;
-use crate::sched::{Admitted, BlockHash, NewSeq};
+use crate::sched::{Admitted, BlockHash, Chunk, NewSeq};
 use crate::types::{FinishReason, GenerateRequest, PromptScoring, SamplingParams, TokenId, Usage, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -58,6 +58,8 @@ pub(super) struct Sequence {
     pub work: Work,
     /// The other completions of the prompt, until it is computed.
     pub siblings: Vec<Sequence>,
+    /// Whose it is: the request's `cache_salt`.
+    pub tenant: Arc<str>,
     choice: usize,
     prompt_len: usize,
     /// Whether the prompt is looked up in the prefix cache.
@@ -143,6 +145,7 @@ impl Sequence {
     pub(super) fn job(job: Accepted, text: &Text, eos: &[TokenId]) -> Job {
         let mut slots = job.slots;
         let siblings = slots.split_off(1.min(slots.len()));
+        let tenant: Arc<str> = job.request.cache_salt.as_str().into();
         let one = |choice: usize, slot: Option<Slot>| {
             let request = &job.request;
             let mut stop_ids = request.stop_token_ids.clone();
@@ -155,6 +158,7 @@ impl Sequence {
                 policy: job.policy.clone(),
                 work: Work::default(),
                 siblings: Vec::new(),
+                tenant: tenant.clone(),
                 choice,
                 prompt_len: request.prompt.len(),
                 caches: false,
@@ -206,6 +210,12 @@ impl Sequence {
                 metrics.prefix_looked_up(self.prompt_len, self.cached);
             }
         }
+    }
+
+    /// Whether `chunk` decodes: the prompt was complete before it, and it is the one token that was drawn last. What is
+    /// computed anew after a preemption is no decoding.
+    pub(super) fn decodes(&self, chunk: &Chunk) -> bool {
+        chunk.samples && chunk.tokens.len() == 1 && chunk.start >= self.prompt_len
     }
 
     /// Whether a token follows the prompt.

@@ -18,9 +18,11 @@ pub struct StepTokens {
     /// −log p of the token after what stands before it, in nats, by the model as its policy runs it; NaN where it is not
     /// known, as for the first. Empty in steps where no policy reads it.
     pub surprisal_t: Vec<f32>,
-    /// Whose the token is: tokens of different tenants are never routed by one another. Empty where all are one's.
+    /// Whose the token is: tokens of different tenants are never routed by one another. Empty where all are one's, and in
+    /// steps where every policy is batch invariant.
     pub tenant_t: Vec<u32>,
-    /// Whether the token is the only one of its sequence in the step, as in decoding. Empty where none is.
+    /// Whether the token is decoded: its sequence's prompt is complete, and it is the last token known. Empty where none
+    /// is, and in steps where every policy is batch invariant.
     pub decodes_t: Vec<bool>,
 }
 

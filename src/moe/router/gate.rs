@@ -59,6 +59,7 @@ fn softmax(z_e: &mut [f32]) {
 }
 
 /// The gate of one layer for the tokens that one policy routes.
+#[derive(Clone, Copy)]
 pub struct GateView<'a> {
     /// Index among the model's MoE layers.
     pub layer: usize,

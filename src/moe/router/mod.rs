@@ -18,14 +18,17 @@ mod estimator;
 mod gate;
 mod layers;
 mod native;
+mod oea;
 mod policy;
 mod ratio;
 mod rule;
 mod signals;
 mod skip;
 mod threshold;
+mod together;
 mod topk;
 mod uniform;
+mod xbudget;
 
 pub use args::SpecArgs;
 pub use budget::{BudgetScope, BudgetSpec};
@@ -74,7 +77,7 @@ pub struct RouterEntry {
     pub formula: &'static str,
     /// An example that every model accepts, given the file that it names, if it names one.
     pub example: &'static str,
-    /// Whether the number of experts depends on the token.
+    /// Whether the number of experts depends on the token; not so where it depends on the batch and is one for all of it.
     pub dynamic: bool,
     /// Whether several arguments are one list; else a specification with several is a sweep.
     pub list: bool,
@@ -97,6 +100,8 @@ pub static ROUTERS: &[RouterEntry] = &[
     complexity::ENTRY,
     policy::ENTRY,
     budget::ENTRY,
+    oea::ENTRY,
+    xbudget::ENTRY,
     uniform::ENTRY,
 ];
 
