@@ -1,19 +1,22 @@
-//! One group per layer of the system: routing, projections, grouped experts, attention, one whole step.
+//! One group per layer of the system: routing, projections, grouped experts, attention, one whole step; and routers that
+//! look at the batch, beside native.
 //!
 //! `cargo bench` prints times; ratios within one run are what is worth quoting.
 
 use candle_core::{DType, Device, Tensor};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moe_serve::model::hub::{HubOptions, resolve};
-use moe_serve::model::{LoadOptions, Loaded, StepInput, load};
+use moe_serve::model::{CausalLm, LoadOptions, Loaded, StepInput, load};
 use moe_serve::moe::router::{GateInput, ROUTERS, StepTokens};
-use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder};
+use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder, StepTrace};
 use moe_serve::ops::{
     Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout, attention,
 };
 use moe_serve::types::{Activation, BlockId, MoeShape};
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Reproducible numbers in ±1.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
@@ -43,12 +46,7 @@ fn routing(c: &mut Criterion) {
     let mut group = c.benchmark_group("routing_64_experts");
     for tokens in [1, 32, 512] {
         let logits: Vec<f32> = numbers(1, tokens * 64).iter().map(|z| z * 3.0).collect();
-        let step = StepTokens {
-            token_t: (0..tokens as u32).collect(),
-            position_t: (0..tokens as u32).collect(),
-            policy_t: vec![0; tokens],
-            ..Default::default()
-        };
+        let step = decoded(tokens, 128);
         group.throughput(Throughput::Elements(tokens as u64));
         for router in ROUTERS {
             let policies = [Arc::new(Policy::build(&router.example.parse().expect("a spec"), &shape).expect("fits"))];
@@ -169,14 +167,19 @@ fn bundled() -> Loaded {
     load(&files, &LoadOptions::default(), |_, _| {}).expect("loads")
 }
 
-/// A decode step of the bundled checkpoint: `batch` sequences at position 128, one token each.
-fn step(c: &mut Criterion) {
-    let loaded = bundled();
-    let model = &loaded.model;
-    let shape = model.shape();
-    let (block_size, context) = (16, 128);
-    let mut group = c.benchmark_group("decode_step_bundled");
-    for batch in [1usize, 32] {
+/// A decode step: `batch` sequences of one tenant at position 128, one token each.
+struct Decode<'a> {
+    model: &'a CausalLm,
+    kv: KvCache,
+    layout: StepLayout,
+    rows: Vec<u32>,
+    tokens: StepTokens,
+}
+
+impl<'a> Decode<'a> {
+    fn new(model: &'a CausalLm, batch: usize) -> Self {
+        let shape = model.shape();
+        let (block_size, context) = (16, 128);
         let each = context / block_size + 1;
         let kv_shape = KvShape {
             layers: shape.layers.len(),
@@ -185,29 +188,116 @@ fn step(c: &mut Criterion) {
             kv_heads: shape.attention.kv_heads,
             head_dim: shape.attention.head_dim,
         };
-        let mut kv = KvCache::new(kv_shape, model.backend()).expect("memory");
+        let kv = KvCache::new(kv_shape, model.backend()).expect("memory");
         let blocks = |s: usize| (0..each).map(|b| BlockId((s * each + b) as u32)).collect();
         let segments = (0..batch).map(|s| Segment { start: context, len: 1, blocks: blocks(s) }).collect();
         let layout = StepLayout::new(segments, &kv, model.backend()).expect("a layout");
-        let rows: Vec<u32> = (0..batch as u32).collect();
-        let tokens = StepTokens {
-            token_t: (0..batch as u32).map(|i| 100 + i).collect(),
-            position_t: vec![context as u32; batch],
-            policy_t: vec![0; batch],
-            ..Default::default()
-        };
-        let input = StepInput { tokens: &tokens.token_t, layout: &layout, logit_rows: &rows };
+        Self { model, kv, layout, rows: (0..batch as u32).collect(), tokens: decoded(batch, context) }
+    }
+
+    fn run(&mut self, policies: &[Arc<Policy>]) -> (Tensor, StepTrace) {
+        let input = StepInput { tokens: &self.tokens.token_t, layout: &self.layout, logit_rows: &self.rows };
+        let mut routes = RouteCtx::new(&self.model.shape().moe, policies, &self.tokens);
+        let hidden = self.model.forward(&input, &mut self.kv, &mut routes).expect("runs").expect("rows");
+        (self.model.logits(&hidden, 0, self.rows.len()).expect("runs"), routes.into_trace())
+    }
+}
+
+/// Tokens of one tenant, decoded at `position`.
+fn decoded(batch: usize, position: usize) -> StepTokens {
+    StepTokens {
+        token_t: (0..batch as u32).map(|i| 100 + i).collect(),
+        position_t: vec![position as u32; batch],
+        policy_t: vec![0; batch],
+        tenant_t: vec![0; batch],
+        decodes_t: vec![true; batch],
+        ..Default::default()
+    }
+}
+
+fn policies(spec: &str, shape: &MoeShape) -> [Arc<Policy>; 1] {
+    [Arc::new(Policy::build(&spec.parse().expect("a spec"), shape).expect("fits"))]
+}
+
+/// A decode step of the bundled checkpoint.
+fn step(c: &mut Criterion) {
+    let loaded = bundled();
+    let mut group = c.benchmark_group("decode_step_bundled");
+    for batch in [1usize, 32] {
+        let mut decode = Decode::new(&loaded.model, batch);
         group.throughput(Throughput::Elements(batch as u64));
         for router in ["native", "topk:1", "dynk:0.8", "ratio:0.5", "threshold:0.2"] {
-            let policies = [Arc::new(Policy::build(&router.parse().expect("a spec"), &shape.moe).expect("fits"))];
-            group.bench_function(BenchmarkId::new(router, batch), |b| {
-                b.iter(|| {
-                    let mut routes = RouteCtx::new(&shape.moe, &policies, &tokens);
-                    let hidden = model.forward(&input, &mut kv, &mut routes).expect("runs").expect("rows");
-                    model.logits(&hidden, 0, batch).expect("runs")
-                });
-            });
+            let policies = policies(router, &loaded.model.shape().moe);
+            group.bench_function(BenchmarkId::new(router, batch), |b| b.iter(|| decode.run(&policies)));
         }
+    }
+    group.finish();
+}
+
+/// Batch sizes at which routers that look at the batch are measured.
+const BATCHES: [usize; 4] = [1, 4, 16, 64];
+
+/// Measures native routing, `oea` with half of k0, and `xbudget` with half the experts that native reads: a step that
+/// `run` runs, telling the experts it read in `layers` layers. Prints these.
+fn batch_aware<T>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    batch: usize,
+    shape: &MoeShape,
+    mut run: impl FnMut(&[Arc<Policy>]) -> (T, u64),
+) {
+    group.throughput(Throughput::Elements(batch as u64));
+    let mut read = |spec: &str| run(&policies(spec, shape)).1 as f64 / shape.layers as f64;
+    let half = ((read("native") / 2.0).round() as usize).max(1);
+    let specs = ["native".to_string(), format!("oea:{}", (shape.top_k / 2).max(1)), format!("xbudget:{half}")];
+    let told: Vec<String> = specs.iter().map(|spec| format!("{spec} {:.2}", read(spec))).collect();
+    eprintln!("batch {batch}: experts read per layer: {}", told.join(", "));
+    for (name, spec) in ["native", "oea_half", "xbudget_half"].iter().zip(&specs) {
+        let policies = policies(spec, shape);
+        group.bench_function(BenchmarkId::new(*name, batch), |b| b.iter(|| run(&policies)));
+    }
+}
+
+/// Routers that look at the batch, in a decode step of the bundled checkpoint.
+fn batch_aware_bundled(c: &mut Criterion) {
+    let loaded = bundled();
+    let mut group = c.benchmark_group("batch_aware_step_bundled");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+    for batch in BATCHES {
+        let mut decode = Decode::new(&loaded.model, batch);
+        batch_aware(&mut group, batch, &loaded.model.shape().moe, |policies| {
+            let (logits, trace) = decode.run(policies);
+            (logits, trace.unique_experts)
+        });
+    }
+    group.finish();
+}
+
+/// The same in one mixture of OLMoE's size (64 experts of 2048 × 1024, 8 native) in bf16 with random weights and a random
+/// gate, whose tokens agree on nothing: gate, routing and experts, without attention.
+fn batch_aware_layer(c: &mut Criterion) {
+    let (e, d, f) = (64, 2048, 1024);
+    let shape = MoeShape {
+        experts: e,
+        top_k: 8,
+        expert_width: f,
+        shared_width: None,
+        renormalise: false,
+        layers: 1,
+        router: None,
+    };
+    let experts = experts_of(e, d, f, DType::BF16);
+    let mut group = c.benchmark_group("batch_aware_layer_64x2048x1024");
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+    for batch in BATCHES {
+        let logits: Vec<f32> = numbers(1, batch * e).iter().map(|z| z * 3.0).collect();
+        let x = Tensor::from_vec(numbers(2, batch * d), (batch, d), &Device::Cpu).expect("a tensor");
+        let x = x.to_dtype(DType::BF16).expect("a tensor");
+        let tokens = decoded(batch, 128);
+        batch_aware(&mut group, batch, &shape, |policies| {
+            let mut routes = RouteCtx::new(&shape, policies, &tokens);
+            let routing = routes.route(0, GateInput::logits(black_box(&logits))).expect("routes");
+            (experts.forward(black_box(&x), &routing).expect("runs"), routing.unique_experts() as u64)
+        });
     }
     group.finish();
 }
@@ -215,6 +305,6 @@ fn step(c: &mut Criterion) {
 criterion_group! {
     name = layers;
     config = Criterion::default().sample_size(20);
-    targets = routing, projections, grouped_experts, entropies, step
+    targets = routing, projections, grouped_experts, entropies, step, batch_aware_bundled, batch_aware_layer
 }
 criterion_main!(layers);

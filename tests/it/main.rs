@@ -2,6 +2,7 @@
 
 mod async_openai;
 mod bad_input;
+mod batch_aware;
 mod binary;
 mod calibrate;
 mod chat;
