@@ -5,12 +5,13 @@ use super::state::State;
 use crate::engine::Engine;
 use crate::eval::stats::Window;
 use crate::eval::{How, InProcess, Lm, LmError, Reads, Routed, kl_divergence};
-use crate::moe::calibration::{Calibration, HeldOut, PolicyTable, Rung};
+use crate::moe::calibration::{Calibration, HeldOut, LayerStatistics, PolicyTable, Rung};
 use crate::moe::router::Rule;
 use crate::types::{RouterSpec, SpecError, TokenId, hex};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -53,9 +54,7 @@ impl Bench {
     pub(super) fn spec(&self, arm: &Arm) -> Result<RouterSpec, CalibrateError> {
         let name = arm.name();
         // A policy reads norms and scales alone.
-        let layers = self.base.layers.iter().cloned();
-        let layers =
-            layers.map(|layer| crate::moe::calibration::LayerStatistics { quantiles: Default::default(), ..layer });
+        let slim = |layer: &LayerStatistics| LayerStatistics { quantiles: BTreeMap::new(), ..layer.clone() };
         let rung = Rung { cost: 1.0, mean_k: 0.0, rules: arm.rules.clone() };
         let policy = PolicyTable {
             scope: "experts".into(),
@@ -65,7 +64,8 @@ impl Bench {
             rungs: vec![rung],
             held_out: HeldOut::default(),
         };
-        let calibration = Calibration { layers: layers.collect(), policy: Some(policy), ..self.base.clone() };
+        let layers = self.base.layers.iter().map(slim).collect();
+        let calibration = Calibration { layers, policy: Some(policy), ..self.base.clone() };
         let spec: RouterSpec = format!("policy:{name}").parse()?;
         let Some(files) = self.engine.files() else {
             return Err(SpecError { spec: spec.to_string(), problem: "this engine takes no files".into() }.into());

@@ -56,12 +56,7 @@ pub fn calibrate(
         Budget::flops(&shape, target.scope, settings.window).check(target, shape.moe.layers as f64)?;
     }
     let tokens = windows.calibration.len() * settings.window;
-    if tokens < TOKENS_PLENTY {
-        tracing::warn!(
-            "{tokens} tokens of text are little to calibrate on ({TOKENS_PLENTY} and more are usual): give more --data, or \
-             more --tokens where there is more of it"
-        );
-    }
+    warn_of_little(&windows, settings);
     let passes = bar(windows.calibration.len(), "native routing");
     let trace = Trace::take(&opened.loaded.model, &windows.calibration, || passes.inc(1))?;
     passes.finish_and_clear();
@@ -115,6 +110,25 @@ fn refuse(moe: &MoeShape) -> Result<(), CalibrateError> {
         return Ok(());
     };
     Err(CalibrateError::Asked(problem))
+}
+
+/// Says where there is less text than was asked for, or than is enough.
+fn warn_of_little(windows: &Windows, settings: &Settings) {
+    let tokens = windows.calibration.len() * settings.window;
+    let held_out = windows.held_out.len() * settings.window;
+    if tokens < settings.tokens || (settings.target.is_some() && held_out < settings.held_out_tokens) {
+        tracing::warn!(
+            "the text is too short for {} tokens to calibrate on and {} to check on: {tokens} and {held_out} are taken; \
+             give more --data",
+            settings.tokens,
+            settings.held_out_tokens
+        );
+    }
+    if tokens < TOKENS_PLENTY {
+        tracing::warn!(
+            "{tokens} tokens of text are little to calibrate on, {TOKENS_PLENTY} are a least: give more --data or --tokens"
+        );
+    }
 }
 
 /// Refuses a place that no file can be written to, before an hour is spent.

@@ -312,11 +312,6 @@ impl Calibrations {
         read.insert(name.into(), Arc::new(calibration));
     }
 
-    /// Forgets what [`Self::insert`] made known; requests that name it and run already keep it.
-    pub fn remove(&self, name: &str) {
-        self.read.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
-    }
-
     /// See [`Calibration::read`].
     ///
     /// # Errors
