@@ -4,6 +4,7 @@ mod async_openai;
 mod bad_input;
 mod batch_aware;
 mod binary;
+mod budget;
 mod calibrate;
 mod chat;
 mod chat_api;
