@@ -1,57 +1,16 @@
 //! The README's commands, tried.
 
+use crate::markdown::{Shown, all_arguments, check, commands, help};
 use crate::support::{Server, ServerOptions, repo};
-use moe_serve::moe::router::sweep;
-use moe_serve::types::{DtypeChoice, RouterSpec};
+use moe_serve::types::DtypeChoice;
 use std::process::Command;
 
-fn readme() -> String {
-    std::fs::read_to_string(repo("README.md")).unwrap()
-}
-
-/// Lines after `$ ` in console blocks, each with the lines that follow it.
-fn commands() -> Vec<(String, Vec<String>)> {
-    let mut commands: Vec<(String, Vec<String>)> = Vec::new();
-    for block in readme().split("```console\n").skip(1) {
-        for line in block.split("```").next().unwrap().lines() {
-            match (line.strip_prefix("$ "), commands.last_mut()) {
-                (Some(command), _) => commands.push((command.into(), Vec::new())),
-                (None, Some((_, output))) => output.push(line.into()),
-                (None, None) => panic!("output before a command: {line}"),
-            }
-        }
-    }
-    commands
-}
-
-/// The arguments of every command of `binary`, as `cargo run` or by its name.
-fn arguments(binary: &str, cargo: &str) -> Vec<Vec<String>> {
-    let prefixes = [format!("{binary} "), format!("{cargo} -- ")];
-    let of = |command: &str| prefixes.iter().find_map(|prefix| Some(command.strip_prefix(prefix)?.to_string()));
-    let commands = commands();
-    let found = commands.iter().filter_map(|(command, _)| of(command));
-    found.map(|args| args.split_whitespace().map(String::from).collect()).collect()
-}
-
-fn help(binary: &str, args: &[&str]) -> String {
-    String::from_utf8(Command::new(binary).args(args).output().unwrap().stdout).unwrap()
-}
-
-/// Checks flags against `help`, and routers against the grammar.
-fn check(words: &[String], help: &str) {
-    for flag in words.iter().filter(|w| w.starts_with("--")) {
-        assert!(help.contains(&format!("{flag} ")) || help.contains(&format!("{flag}\n")), "{words:?}: {flag}");
-    }
-    for at in words.iter().enumerate().filter(|(_, w)| *w == "--router").map(|(at, _)| at) {
-        let spec: RouterSpec = words[at + 1].parse().unwrap();
-        assert!(sweep(&spec).is_ok(), "{spec}");
-    }
-}
+const README: &str = "README.md";
 
 #[test]
 fn every_server_command_has_known_flags_and_a_router_that_parses() {
     let help = help(env!("CARGO_BIN_EXE_moe-serve"), &["--help"]);
-    let found = arguments("moe-serve", "cargo run --release");
+    let found = all_arguments(README, "moe-serve");
     found.iter().for_each(|words| check(words, &help));
     assert!(found.len() >= 4);
     let cargo = std::fs::read_to_string(repo("Cargo.toml")).unwrap();
@@ -64,7 +23,7 @@ fn every_server_command_has_known_flags_and_a_router_that_parses() {
 fn every_evaluation_command_has_known_flags_and_those_without_downloads_run() {
     let binary = env!("CARGO_BIN_EXE_moe-eval");
     let (eval, profile) = (help(binary, &["--help"]), help(binary, &["profile", "--help"]));
-    let found = arguments("moe-eval", "cargo run --release --bin moe-eval");
+    let found = all_arguments(README, "moe-eval");
     let mut ran = 0;
     for words in &found {
         check(words, if words[0] == "profile" { &profile } else { &eval });
@@ -89,7 +48,7 @@ fn every_evaluation_command_has_known_flags_and_those_without_downloads_run() {
 #[test]
 fn every_calibration_command_has_known_flags_and_the_one_on_the_bundled_text_runs() {
     let binary = env!("CARGO_BIN_EXE_moe-calibrate");
-    let found = arguments("moe-calibrate", "cargo run --release --bin moe-calibrate");
+    let found = all_arguments(README, "moe-calibrate");
     let help = help(binary, &["--help"]);
     let mut ran = 0;
     for words in &found {
@@ -97,7 +56,7 @@ fn every_calibration_command_has_known_flags_and_the_one_on_the_bundled_text_run
         // Without text of its own it needs no file but the checkpoint that comes with the source.
         if !words.iter().any(|word| word == "--data" || word == "--model") {
             let folder = tempfile::tempdir().unwrap();
-            let model = repo("models/stories-mixtral").display().to_string();
+            let model = repo("models/stories").display().to_string();
             let mut command = Command::new(binary);
             command.current_dir(folder.path()).args(words).args(["--model", &model, "--offline"]);
             let done = command.output().unwrap();
@@ -112,7 +71,7 @@ fn every_calibration_command_has_known_flags_and_the_one_on_the_bundled_text_run
 #[test]
 fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
     let binary = env!("CARGO_BIN_EXE_moe-train");
-    let found = arguments("moe-train", "cargo run --release --bin moe-train");
+    let found = all_arguments(README, "moe-train");
     let mut ran = 0;
     for words in &found {
         let known = match words[0].as_str() {
@@ -145,7 +104,7 @@ fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
 
 #[test]
 fn every_file_of_the_file_map_exists() {
-    let readme = readme();
+    let readme = std::fs::read_to_string(repo(README)).unwrap();
     let table = readme.split("## Files").nth(1).unwrap().split("## ").next().unwrap();
     let mut seen = 0;
     for row in table.lines().filter(|l| l.starts_with("| `")) {
@@ -161,7 +120,7 @@ fn every_file_of_the_file_map_exists() {
 async fn every_request_gets_the_kind_of_answer_that_is_shown() {
     let server = Server::start(ServerOptions { router: "dynk:0.8", dtype: DtypeChoice::Auto, ..Default::default() });
     let mut seen = 0;
-    for (command, shown) in commands().into_iter().filter(|(c, _)| c.starts_with("curl")) {
+    for Shown { command, output } in commands(README).into_iter().filter(|shown| shown.command.starts_with("curl")) {
         seen += 1;
         let path = command.split("localhost:8000").nth(1).unwrap().split(' ').next().unwrap();
         let answer = match command.split("-d '").nth(1) {
@@ -172,14 +131,14 @@ async fn every_request_gets_the_kind_of_answer_that_is_shown() {
         if path == "/metrics" {
             // Values vary, names do not.
             let name = |line: &str| line.split(['{', ' ']).next().unwrap_or_default().to_string();
-            shown.iter().for_each(|l| assert!(answer.contains(&name(l)), "{l}"));
-        } else if shown[0].starts_with("data: ") {
+            output.iter().for_each(|l| assert!(answer.contains(&name(l)), "{l}"));
+        } else if output[0].starts_with("data: ") {
             let last = answer.trim_end().lines().last().unwrap();
-            assert_eq!(shown.iter().rfind(|l| !l.is_empty()).unwrap(), last);
+            assert_eq!(output.iter().rfind(|l| !l.is_empty()).unwrap(), last);
             assert_eq!(answer.matches("data: ").count(), 8, "five tokens, an end, the usage, [DONE]");
             assert!(answer.contains("\"moe\":{\"router\":\"dynk:0.8\",\"experts_per_token\":1."));
         } else {
-            assert_eq!(answer, shown[0]);
+            assert_eq!(answer, output[0]);
         }
     }
     assert!(seen >= 3);
