@@ -14,8 +14,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Pairs of steps.
+/// Pairs of steps that count, and those before them.
 const ROUNDS: usize = 600;
+const WARM_UP: usize = 60;
 /// Batches that are measured.
 const BATCHES: [usize; 2] = [1, 32];
 /// Position of the tokens that are decoded.
@@ -130,8 +131,8 @@ fn main() {
     for spec in specs(&moe) {
         let policy = policy(&spec);
         let ratios = decodes.each_mut().map(|decode| {
-            (0..ROUNDS / 10).for_each(|_| drop((decode.step(&native), decode.step(&policy))));
-            median((0..ROUNDS).map(|_| decode.step(&policy) / decode.step(&native)).collect())
+            let pairs = (0..WARM_UP + ROUNDS).map(|_| decode.step(&policy) / decode.step(&native));
+            median(pairs.skip(WARM_UP).collect())
         });
         println!("| `{spec}` | {} |", ratios.map(|ratio| format!("{ratio:.3}")).join(" | "));
     }

@@ -77,7 +77,7 @@ fn sentence(c: &Comparison, a: &TaskResult, b: &TaskResult, control: bool, tests
     let verdict = match (c.significant, better) {
         (true, true) => "the dynamic rule beat static routing",
         (true, false) => "static routing beat the dynamic rule",
-        (false, _) => "the dynamic rule did not beat static routing",
+        (false, _) => "the dynamic rule was not shown to beat static routing",
     };
     Some(format!("{both}: {verdict}.{}", kl(a, b)))
 }

@@ -8,7 +8,7 @@ use moe_serve::types::{DtypeChoice, FinishReason, GenerateRequest, SamplingParam
 
 fn bundled(router: &str, config: EngineConfig) -> Engine {
     let config = EngineConfig { request_routers: Some(RequestRouters::default()), ..config };
-    engine(&repo("models/stories-mixtral"), DtypeChoice::Auto, router, config)
+    engine(&repo("models/stories"), DtypeChoice::Auto, router, config)
 }
 
 /// `n` requests for `tokens` tokens each, drawn at temperature 1 with their own seeds.

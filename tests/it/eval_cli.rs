@@ -43,7 +43,7 @@ fn a_sweep_writes_the_table_and_every_document() {
     let more = ["--router", "dynk:0.5,0.8", "--compare-static", "--output", out];
     let (code, stdout, stderr) = run(&[&args[..], &more, SAMPLES].concat());
     assert_eq!(code, 0, "{stderr}");
-    for text in ["dynk:0.5", "dynk:0.8", "static control", "perplexity", "did not beat", "report.html"] {
+    for text in ["dynk:0.5", "dynk:0.8", "static control", "perplexity", "was not shown to beat", "report.html"] {
         assert!(stdout.contains(text), "{text:?} is not in\n{stdout}");
     }
     let results = results(dir.path());

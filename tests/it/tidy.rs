@@ -175,6 +175,21 @@ fn the_readme_lists_every_router_with_its_formula() {
 }
 
 #[test]
+fn the_readme_lists_every_estimator_with_its_formula() {
+    let readme = std::fs::read_to_string(repo("README.md")).unwrap().replace("\\|", "|");
+    for estimator in moe_serve::moe::router::ESTIMATORS {
+        let row = readme.lines().find(|l| l.starts_with(&format!("| `{}`", estimator.usage)));
+        let row = row.unwrap_or_else(|| panic!("README.md has no row for the estimator {}", estimator.usage));
+        assert!(
+            row.contains(estimator.formula),
+            "README.md's row of {} lacks `{}`",
+            estimator.usage,
+            estimator.formula
+        );
+    }
+}
+
+#[test]
 fn files_are_short_enough_to_read() {
     for (file, text) in sources(&["src", "tests", "benches", "examples", "build.rs"], &["rs", "cu", "py"]) {
         let lines = text.lines().count();

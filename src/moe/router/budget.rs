@@ -53,7 +53,10 @@ impl BudgetSpec {
 }
 
 fn read(args: &mut SpecArgs<'_>, shape: &MoeShape) -> Result<(BudgetSpec, Arc<Calibration>), SpecError> {
-    let target = f64::from(args.share("the budget", args.one_arg("the budget")?)?);
+    let text = args.one_arg("the budget")?;
+    let checked = args.share("the budget", text)?;
+    // As it was typed: 0.7 is to be told as 0.7.
+    let target = text.parse().unwrap_or(f64::from(checked));
     let scopes = [("experts", BudgetScope::Experts), ("forward", BudgetScope::Forward)];
     let scope = args.option_of("scope", &scopes)?.unwrap_or(BudgetScope::Experts);
     let Some(file) = args.option_text("policy") else {
