@@ -56,7 +56,8 @@ impl Correlations {
 /// Spearman's rank correlation of pairs of numbers; none where one side is all alike. What is no finite number is left
 /// out with its partner.
 pub fn spearman(x: &[f32], y: &[f32]) -> Option<f64> {
-    pearson(&sums(x, y, x.len()), &[0])
+    let sums_w = sums(x, y, x.len());
+    pearson(&sums_w, &(0..sums_w.len()).collect::<Vec<usize>>())
 }
 
 fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
