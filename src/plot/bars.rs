@@ -28,7 +28,7 @@ pub struct Bar {
 /// Width of small drawings.
 const SMALL_WIDTH: f64 = 180.0;
 /// Width, in units, that names may take.
-const NAMES_MAX: f64 = 150.0;
+const NAMES_MAX: f64 = 220.0;
 
 impl Bars {
     /// The drawing.

@@ -40,7 +40,7 @@ fn savings_on_the_bundled_checkpoint_are_what_the_rules_promise() {
     assert_eq!(run("topk:1").experts.saved(), 0.5);
     let dynk: Vec<f64> = ["dynk:0.65", "dynk:0.8", "dynk:0.95"].map(|r| run(r).experts.saved()).to_vec();
     assert!(dynk.iter().all(|s| (0.0..=0.5).contains(s)), "mass=native never costs: {dynk:?}");
-    assert!(run("dynk:0.8,mass=full").experts.saved() < 0.0, "the literal rule costs on this checkpoint");
+    assert!(run("dynk:0.9,mass=full").experts.saved() < 0.0, "the literal rule costs on this checkpoint");
     assert!((0.0..=0.5).contains(&run("ratio:0.5").experts.saved()));
     assert!((0.0..=0.5).contains(&run("threshold:0.2").experts.saved()));
 }

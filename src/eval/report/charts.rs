@@ -2,8 +2,8 @@
 
 use super::format;
 use super::view::{Row, TaskView};
-use crate::eval::results::{Metric, Role, RoutingFacts, Saved};
-use crate::plot::{Axis, Bar, Bars, Columns, ColumnsRow, Heatmap, Plot, Point};
+use crate::eval::results::{Comparison, Metric, Role, RoutingFacts, Saved};
+use crate::plot::{Axis, Bar, Bars, Columns, ColumnsRow, Heatmap, Mark, Plot, Point};
 
 /// Which FLOPs a chart is about.
 #[derive(Clone, Copy)]
@@ -88,6 +88,39 @@ pub fn pareto(task: &TaskView<'_>, scope: Scope) -> Option<String> {
         readings: Vec::new(),
     };
     Some(plot.svg())
+}
+
+/// What every dynamic rule came to less its static control, which has the same mean k; none where no arm has one.
+pub fn against_static(task: &TaskView<'_>, comparisons: &[Comparison]) -> Option<String> {
+    let mut rows = Vec::new();
+    let mut title = String::new();
+    for row in &task.rows {
+        let Role::Control { of } = &row.arm.role else { continue };
+        let compared = comparisons.iter().find(|c| c.task == task.name && c.arm == *of && c.against == row.arm.label);
+        let Some((ruled, compared)) = task.rows.iter().find(|r| r.arm.label == *of).zip(compared) else { continue };
+        let headline = ruled.headline()?;
+        let unit = if headline.share { 100.0 } else { 1.0 };
+        title = format!("{} less that of static routing at the same mean k", headline.name);
+        let mean_k = ruled.result.routing.as_ref().map_or(0.0, |routing| routing.mean_k);
+        let verdict = if compared.significant { "" } else { " (not significant)" };
+        rows.push(Bar {
+            name: without_file(of),
+            value: unit * compared.difference,
+            interval: Some((unit * compared.low, unit * compared.high)),
+            mark: Mark { filled: compared.significant, ..ruled.mark },
+            text: format!("{} at k {mean_k:.2}", format::difference(compared, headline.share)),
+            tooltip: format!("{of}: {}{verdict}", format::difference_interval(compared, headline.share)),
+        });
+    }
+    let ends = rows.iter().flat_map(|r| [Some(r.value), r.interval.map(|i| i.0), r.interval.map(|i| i.1)]).flatten();
+    let axis = Axis::from_zero(title.clone(), ends.collect::<Vec<f64>>());
+    let label = format!("{}: {title}", task.name);
+    (!rows.is_empty()).then(|| Bars { label, axis, rows, guide: None, small: false }.svg())
+}
+
+/// A router's name without the calibration it names, which all have in common.
+fn without_file(label: &str) -> String {
+    label.split(',').filter(|part| !part.starts_with("cal=")).collect::<Vec<&str>>().join(",")
 }
 
 /// Bars of one metric, an arm each.

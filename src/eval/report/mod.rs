@@ -22,17 +22,21 @@ pub use terminal::terminal;
 
 use super::results::Results;
 use crate::plot::standalone;
-use view::TaskView;
-
-/// Charts as files of their own, by name: of every task, quality against the experts' FLOPs that ran.
+/// Charts as files of their own, by name: of every task, quality against the experts' FLOPs that ran, and dynamic rules
+/// beside static routing.
 pub fn figures(results: &Results) -> Vec<(String, String)> {
-    let chart = |task: &TaskView<'_>| Some((task.name.to_string(), charts::pareto(task, charts::Scope::Experts)?));
-    let named = view::tasks(results).iter().filter_map(chart).collect::<Vec<_>>();
     let safe = |c: char| if c.is_ascii_alphanumeric() || "@-_".contains(c) { c } else { '-' };
-    let file = |(name, svg): (String, String)| {
-        (format!("{}-experts.svg", name.chars().map(safe).collect::<String>()), standalone(&svg))
-    };
-    named.into_iter().map(file).collect()
+    let mut files = Vec::new();
+    for task in view::tasks(results) {
+        let name: String = task.name.chars().map(safe).collect();
+        let charts = [
+            ("experts", charts::pareto(&task, charts::Scope::Experts)),
+            ("static", charts::against_static(&task, &results.comparisons)),
+        ];
+        let drawn = charts.into_iter().filter_map(|(what, chart)| Some((what, chart?)));
+        files.extend(drawn.map(|(what, chart)| (format!("{name}-{what}.svg"), standalone(&chart))));
+    }
+    files
 }
 
 #[cfg(test)]
