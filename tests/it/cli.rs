@@ -69,7 +69,7 @@ fn choices_that_do_not_fit_the_model_or_machine_are_refused_with_the_range() {
         (vec!["--router", "dynk:0.8,mas=full"], vec!["mas", "mass"]),
         (vec!["--router", "topk:0"], vec!["`topk:0`", "1", "8"]),
         (vec!["--router", "topk:9"], vec!["`topk:9`", "1", "8"]),
-        (vec!["--router", "layers:1,2"], vec!["`layers:1,2`", "4"]),
+        (vec!["--router", "layers:1,2"], vec!["`layers:1,2`", "6"]),
         (vec!["--model", missing.to_str().unwrap()], vec!["missing", "no such directory"]),
         (vec!["--model", file.to_str().unwrap()], vec!["Cargo.toml", "is a file"]),
         (vec!["--model", empty], vec![empty, "config.json"]),
@@ -100,7 +100,7 @@ async fn it_says_what_it_serves_and_serves_it() {
     let serving = Serving::start(&["--router", "dynk:0.8", "--served-model-name", "tale", "--max-model-len", "512"]);
     let line = |name: &str| serving.line(name);
     for (name, texts) in [
-        ("model", &["tale", "4 layers", "8 experts"][..]),
+        ("model", &["tale", "6 layers", "8 experts"][..]),
         ("runs", &["cpu"]),
         ("router", &["dynk:0.8", "0.8", "k in"]),
         ("memory", &["weights", "KV cache"]),

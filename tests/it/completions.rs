@@ -246,7 +246,7 @@ async fn a_trace_tells_the_experts_that_the_books_count() {
             let answer = server.complete(body).await;
             (answer.choices.into_iter().map(|c| c.moe_trace.unwrap()).collect(), answer.usage)
         };
-        let layers = 4;
+        let layers = 6;
         let rows = |k_l: &Vec<u16>| {
             assert_eq!(k_l.len(), layers);
             k_l.iter().map(|k| u64::from(*k)).sum::<u64>()

@@ -75,7 +75,7 @@ fn every_router_runs_beside_native_and_its_static_control_at_the_same_mean_k() {
     let server = server();
     let (lm, moe) = in_process(&server);
     let tasks = suite(&lm, ALL);
-    let plan = against_static(&["dynk:0.65", "dynk:0.8,mass=full", "topk:1"], moe);
+    let plan = against_static(&["dynk:0.65", "dynk:0.9,mass=full", "topk:1"], moe);
     let folder = tempfile::tempdir().unwrap();
     let runner = samples(&lm, folder.path());
     let arms = evaluate(&runner, &tasks, &plan, |_, _| {}).unwrap();
@@ -86,8 +86,8 @@ fn every_router_runs_beside_native_and_its_static_control_at_the_same_mean_k() {
             "native",
             "dynk:0.65",
             "static control of dynk:0.65",
-            "dynk:0.8,mass=full",
-            "static control of dynk:0.8,mass=full",
+            "dynk:0.9,mass=full",
+            "static control of dynk:0.9,mass=full",
             "topk:1"
         ]
     );
@@ -97,14 +97,14 @@ fn every_router_runs_beside_native_and_its_static_control_at_the_same_mean_k() {
         assert_eq!((routing("native").mean_k, routing("topk:1").mean_k), (2.0, 1.0), "{}", task.name);
         assert_eq!(routing("native").expert_flops.saved, 0.0);
         assert_eq!(routing("topk:1").expert_flops.saved, 0.5);
-        assert!(routing("dynk:0.8,mass=full").expert_flops.saved < 0.0, "{}: a cost", task.name);
-        for router in ["dynk:0.65", "dynk:0.8,mass=full"] {
+        assert!(routing("dynk:0.9,mass=full").expert_flops.saved < 0.0, "{}: a cost", task.name);
+        for router in ["dynk:0.65", "dynk:0.9,mass=full"] {
             let (k, control) = (routing(router).mean_k, routing(&format!("static control of {router}")).mean_k);
             assert!((k - control).abs() < 0.06, "{}: {router} has mean k {k}, its control {control}", task.name);
             assert!(arm(router).tasks[i].kl.as_ref().unwrap().mean > 0.0);
         }
         let histogram = routing("dynk:0.65").k_histogram;
-        assert_eq!(histogram.iter().sum::<u64>(), routing("dynk:0.65").tokens * 4, "{}", task.name);
+        assert_eq!(histogram.iter().sum::<u64>(), routing("dynk:0.65").tokens * 6, "{}", task.name);
         assert!(arm("native").tasks[i].expert_bytes.unwrap().saved.abs() < 1e-9);
         assert_eq!(arm("native").tasks[i].kl, None);
     }
@@ -306,7 +306,7 @@ fn a_static_router_has_no_control_and_native_is_not_run_twice() {
     let tasks = suite(&lm, &["astronomy"]);
     let folder = tempfile::tempdir().unwrap();
     let arms =
-        evaluate(&samples(&lm, folder.path()), &tasks, &against_static(&["native", "layers:2,1,1,2"], moe), |_, _| {});
+        evaluate(&samples(&lm, folder.path()), &tasks, &against_static(&["native", "layers:2,1,1,2,1,2"], moe), |_, _| {});
     let roles: Vec<(String, Role)> = arms.unwrap().into_iter().map(|a| (a.label, a.role)).collect();
-    assert_eq!(roles, [("native".into(), Role::Native), ("layers:2,1,1,2".into(), Role::Router)]);
+    assert_eq!(roles, [("native".into(), Role::Native), ("layers:2,1,1,2,1,2".into(), Role::Router)]);
 }

@@ -4,7 +4,7 @@ use crate::support::{Series, Server, ServerOptions};
 use moe_serve::wire::UsageBody;
 use serde_json::json;
 
-const LAYERS: usize = 4;
+const LAYERS: usize = 6;
 const EXPERTS: usize = 8;
 
 /// A total over all its labels.
