@@ -3,7 +3,7 @@
 import { $, ApiError, call, el, key, wireHeader } from './pages.js'
 import { startLive } from './charts.js'
 
-/** The routers of the README's table. `input` is the control that gives the argument, `value` what it begins with. */
+/** The routers of the README's table that name no file. `input` is the control that gives the argument, `value` what it begins with. */
 const ROUTERS = [
   { label: 'as the server is started', rule: 'No router is asked for: the server uses its own.' },
   { name: 'native', label: 'native', rule: 'The checkpoint’s own: as many experts for every token as it was trained with.' },
@@ -14,6 +14,14 @@ const ROUTERS = [
     rule: 'Dynamic: experts of at least t times the best one’s probability, at most as many as native.' },
   { name: 'threshold', label: 'threshold:θ', input: 'share', symbol: 'θ, probability', value: 0.2,
     rule: 'Dynamic: experts of at least probability θ, always the best one, at most as many as native.' },
+  { name: 'skip', label: 'skip:β', input: 'share', symbol: 'β, of the best one’s probability', value: 0.5,
+    rule: 'Dynamic: native experts of at least β times the best one’s probability.' },
+  { name: 'complexity', label: 'complexity:ESTIMATOR', input: 'free', symbol: 'Estimator', value: 'router-margin',
+    rule: 'Dynamic: more experts the harder the token, by an estimator such as router-margin, logit-lens or surprisal.' },
+  { name: 'oea', label: 'oea:k’', input: 'count', value: 1,
+    rule: 'By the batch: k’ experts of the token’s own, filled up from those that other tokens of the step use.' },
+  { name: 'xbudget', label: 'xbudget:N', input: 'count', value: 4,
+    rule: 'By the batch: at most N distinct experts per layer and step, those with most of the gate’s mass.' },
   { name: 'layers', label: 'layers:K,K,…', input: 'free', symbol: 'K of each layer', value: '1',
     rule: 'Static by layer: one K per MoE layer, or a single one for all.' },
   { name: 'uniform', label: 'uniform:K', input: 'count', value: 2, rule: 'K experts at random: a sanity check, not for use.' },
