@@ -305,8 +305,12 @@ fn a_static_router_has_no_control_and_native_is_not_run_twice() {
     let (lm, moe) = in_process(&server);
     let tasks = suite(&lm, &["astronomy"]);
     let folder = tempfile::tempdir().unwrap();
-    let arms =
-        evaluate(&samples(&lm, folder.path()), &tasks, &against_static(&["native", "layers:2,1,1,2,1,2"], moe), |_, _| {});
+    let arms = evaluate(
+        &samples(&lm, folder.path()),
+        &tasks,
+        &against_static(&["native", "layers:2,1,1,2,1,2"], moe),
+        |_, _| {},
+    );
     let roles: Vec<(String, Role)> = arms.unwrap().into_iter().map(|a| (a.label, a.role)).collect();
     assert_eq!(roles, [("native".into(), Role::Native), ("layers:2,1,1,2,1,2".into(), Role::Router)]);
 }
