@@ -37,7 +37,7 @@ pub(super) struct DecoderLayer {
 #[derive(Debug)]
 pub(super) enum Ffn {
     Dense(FeedForward),
-    Moe(MoeLayer),
+    Moe(Box<MoeLayer>),
 }
 
 #[derive(Debug)]

@@ -206,12 +206,8 @@ impl Loader<'_> {
                 }
                 FfnShape::Moe => {
                     moe_layers += 1;
-                    Ffn::Moe(self.moe(
-                        &format!("{prefix}.{}", ffn.moe),
-                        ffn,
-                        &shape,
-                        (moe_layers - 1, gate.as_ref()),
-                    )?)
+                    let name = format!("{prefix}.{}", ffn.moe);
+                    Ffn::Moe(Box::new(self.moe(&name, ffn, &shape, (moe_layers - 1, gate.as_ref()))?))
                 }
             };
             layers.push(DecoderLayer {

@@ -77,7 +77,7 @@ impl Rows {
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: who has an `Isa` other than the portable one found its instructions.
-            Isa::Avx512 => unsafe { x86::score_avx512(self, keys) },
+            Isa::Amx | Isa::Avx512 => unsafe { x86::score_avx512(self, keys) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::score_avx2(self, keys) },
@@ -92,7 +92,7 @@ impl Rows {
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: who has an `Isa` other than the portable one found its instructions.
-            Isa::Avx512 => unsafe { x86::weigh_avx512(self, values) },
+            Isa::Amx | Isa::Avx512 => unsafe { x86::weigh_avx512(self, values) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::weigh_avx2(self, values) },

@@ -1,13 +1,18 @@
 //! Feed-forward nets over packed weights: gate and up fused with the activation, then down, then the weighted sum per
 //! token.
 
-use super::kernel::{Rows, matmul, multiply};
+use super::isa::multiversion;
+use super::kernel::{matmul, multiply};
+use super::math;
 use super::pack::{NR, PackedMatrix};
-use super::{SharedOut, for_each, isa::multiversion, with_f32};
+use super::rows::{FLOPS_PER_COPY, Form, ROWS_PER_ITEM, RowBuffer, Rows};
+use super::{SharedOut, for_each, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
 use crate::types::Activation;
 use candle_core::{DType, Device, Result, Tensor};
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// One expert's weights.
 #[derive(Debug)]
@@ -63,54 +68,67 @@ impl PackedFfn {
         2 * (1 + usize::from(self.activation.gated())) * rows * d * self.width
     }
 
-    /// Columns `panel` of h for all rows of `x`, to `h`, whose rows are F apart.
+    /// Columns `panel` of h for all rows of `x`, to rows `first..` of `h`.
     ///
     /// # Safety
-    /// `h` must be valid for `x.len()` rows, and no one else may write these columns.
-    unsafe fn hidden(&self, x: Rows<'_>, panel: usize, h: *mut f32) {
-        /// Rows at a time: both halves of a tile stay in the first-level cache.
-        const ROWS: usize = 48;
-        let mut tile = [0.0; ROWS * 2 * NR];
+    /// No one else may write these columns of these rows.
+    unsafe fn hidden(&self, x: Rows<'_>, panel: usize, h: &RowBuffer, first: usize) {
         let columns = NR.min(self.width - panel * NR);
         let parts = 1 + usize::from(self.activation.gated());
         let stride = parts * NR;
-        for first in (0..x.len()).step_by(ROWS) {
-            let rows = first..x.len().min(first + ROWS);
-            let count = rows.len();
-            // SAFETY: the tile holds `count` rows of `parts` panels; `h` is the caller's word.
-            unsafe {
-                multiply(x, rows, &self.inner, parts * panel..parts * (panel + 1), tile.as_mut_ptr(), stride);
-                for (row, tile) in tile.chunks_exact_mut(stride).take(count).enumerate() {
-                    if let Some(bias) = &self.inner_bias {
-                        add(tile, &bias[panel * stride..]);
-                    }
-                    let out = std::slice::from_raw_parts_mut(h.add((first + row) * self.width + panel * NR), columns);
-                    match self.activation {
-                        Activation::Swiglu => swiglu_columns(tile, out),
-                        Activation::Gelu => gelu_columns(tile, out),
-                        Activation::Relu => relu_columns(tile, out),
-                        Activation::Silu => silu_columns(tile, out),
-                    }
+        in_parts(x, |x, start, tile| {
+            // SAFETY: the tile holds the part's rows of `parts` panels.
+            unsafe { multiply(x, &self.inner, parts * panel..parts * (panel + 1), tile, stride) };
+            for row in 0..x.len() {
+                // SAFETY: the row was just written.
+                let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), stride) };
+                if let Some(bias) = &self.inner_bias {
+                    add(tile, &bias[panel * stride..]);
                 }
+                let mut out = [0.0; NR];
+                match self.activation {
+                    Activation::Swiglu => swiglu_columns(tile, &mut out),
+                    Activation::Gelu => gelu_columns(tile, &mut out),
+                    Activation::Relu => relu_columns(tile, &mut out),
+                    Activation::Silu => silu_columns(tile, &mut out),
+                }
+                // SAFETY: the caller's word.
+                unsafe { h.write(first + start + row, panel * NR, &out[..columns]) };
             }
-        }
+        });
     }
 
-    /// Columns `panel` of `down(h)` for all rows of `h`, to `y`, where these columns begin and whose rows are D apart.
-    ///
-    /// # Safety
-    /// `y` must be valid for `h.len()` rows, and no one else may write these columns.
-    unsafe fn output(&self, h: Rows<'_>, panel: usize, y: *mut f32) {
-        let d = self.down.outputs();
-        // SAFETY: the caller's word.
-        unsafe { multiply(h, 0..h.len(), &self.down, panel..panel + 1, y, d) };
-        if let Some(bias) = &self.down_bias {
-            let bias = &bias[panel * NR..d.min((panel + 1) * NR)];
+    /// The columns of `panels` of `down(h)` for all rows of `h`: each row, with its number, to `each`.
+    fn output(&self, h: Rows<'_>, panels: Range<usize>, mut each: impl FnMut(usize, &[f32])) {
+        let columns = panels.start * NR..self.down.outputs().min(panels.end * NR);
+        let stride = panels.len() * NR;
+        in_parts(h, |h, start, tile| {
+            // SAFETY: the tile holds the part's rows of at most `PANELS_MAX` panels.
+            unsafe { multiply(h, &self.down, panels.clone(), tile, stride) };
             for row in 0..h.len() {
-                // SAFETY: these columns of the row, just written.
-                add(unsafe { std::slice::from_raw_parts_mut(y.add(row * d), bias.len()) }, bias);
+                // SAFETY: the row was just written, as far as there are columns.
+                let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), columns.len()) };
+                if let Some(bias) = &self.down_bias {
+                    add(tile, &bias[columns.clone()]);
+                }
+                each(start + row, tile);
             }
-        }
+        });
+    }
+}
+
+/// Panels whose products a tile holds.
+const PANELS_MAX: usize = 2;
+
+/// Calls `body` for some rows of `x` at a time, with their place in `x` and with room for their products.
+fn in_parts(x: Rows<'_>, mut body: impl FnMut(Rows<'_>, usize, *mut f32)) {
+    /// As many as the kernel keeps results of.
+    const ROWS: usize = 256;
+    #[repr(C, align(64))]
+    struct Tile([f32; ROWS * PANELS_MAX * NR]);
+    let mut tile = MaybeUninit::<Tile>::uninit();
+    for first in (0..x.len()).step_by(ROWS) {
+        body(x.slice(first..x.len().min(first + ROWS)), first, tile.as_mut_ptr().cast());
     }
 }
 
@@ -128,16 +146,16 @@ multiversion!(fn silu_columns(up: &[f32], out: &mut [f32]) = silu_columns_body);
 fn swiglu_columns_body(gate_up: &[f32], out: &mut [f32]) {
     let (gate, up) = gate_up.split_at(NR);
     for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-        *o = g / (1.0 + (-g).exp()) * u;
+        *o = g * math::sigmoid(*g) * u;
     }
 }
 
 #[inline(always)]
 fn gelu_columns_body(up: &[f32], out: &mut [f32]) {
-    /// 2·√(2/π): x/2·(1 + tanh z) is x / (1 + exp(−2z)).
+    /// 2·√(2/π): x/2·(1 + tanh z) is x · sigmoid(2z).
     const SCALE: f32 = 1.595_769;
     for (o, x) in out.iter_mut().zip(up) {
-        *o = x / (1.0 + (-SCALE * (x + 0.044_715 * x * x * x)).exp());
+        *o = x * math::sigmoid(SCALE * (x + 0.044_715 * x * x * x));
     }
 }
 
@@ -149,33 +167,34 @@ fn relu_columns_body(up: &[f32], out: &mut [f32]) {
 
 #[inline(always)]
 fn silu_columns_body(up: &[f32], out: &mut [f32]) {
-    out.iter_mut().zip(up).for_each(|(o, x)| *o = x / (1.0 + (-x).exp()));
+    out.iter_mut().zip(up).for_each(|(o, x)| *o = x * math::sigmoid(*x));
+}
+
+multiversion!(fn add_scaled(sum: &mut [f32], scale: f32, x: &[f32]) = add_scaled_body);
+
+#[inline(always)]
+fn add_scaled_body(sum: &mut [f32], scale: f32, x: &[f32]) {
+    sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += scale * x);
 }
 
 /// One net for every token: `x [T, D] → [T, D]`.
 pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
     let (tokens, d) = x.dims2()?;
     let mut y = vec![0.0; tokens * d];
+    let h = RowBuffer::new(Form::of(&net.down), tokens, net.width);
     with_f32(x, |x| {
-        let x = Rows::new(x, d);
-        let mut h = vec![0.0; tokens * net.width];
-        let out = SharedOut::new(&mut h);
+        let buffer = (Form::of(&net.inner) == Form::Bf16).then(|| RowBuffer::rounded(x, d));
+        let x = buffer.as_ref().map_or_else(|| Rows::of_f32(x, d), RowBuffer::rows);
         for_each(net.hidden_panels(), net.hidden_flops(tokens, d), |panel| {
             // SAFETY: items write disjoint columns.
-            unsafe { net.hidden(x, panel, out.from(0)) };
+            unsafe { net.hidden(x, panel, &h, 0) };
         });
-        matmul(Rows::new(&h, net.width), &net.down, &mut y);
     })?;
+    matmul(h.rows(), &net.down, &mut y);
     if let Some(bias) = &net.down_bias {
         y.chunks_exact_mut(d).for_each(|row| add(row, bias));
     }
     Tensor::from_vec(y, (tokens, d), &Device::Cpu)
-}
-
-/// The rows of expert `e` in `x`, which holds all routed rows, `width` wide.
-fn expert_rows<'a>(x: &'a [f32], routing: &Routing, e: usize, width: usize) -> Rows<'a> {
-    let rows = routing.expert_rows(e);
-    Rows::new(&x[rows.start * width..rows.end * width], width)
 }
 
 /// Every token's weighted sum over its experts: `x [T, D] → [T, D]`.
@@ -189,51 +208,57 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
             experts.len()
         );
     }
-    let width = experts[0].width;
-    let rows = routing.rows();
+    let (first, rows) = (&experts[0], routing.rows());
     let active: Vec<usize> = (0..experts.len()).filter(|&e| !routing.expert_rows(e).is_empty()).collect();
 
-    // h [R, F]: rows sorted by expert, so every expert's rows are one block.
-    let mut h = vec![0.0; rows * width];
-    let gathered: Vec<f32> = with_f32(x, |x| {
-        let row = |t: &u32| &x[*t as usize * d..(*t as usize + 1) * d];
-        routing.token_r().iter().flat_map(row).copied().collect()
-    })?;
-    let panels = experts[0].hidden_panels();
-    let out = SharedOut::new(&mut h);
-    for_each(active.len() * panels, experts[0].hidden_flops(rows, d), |item| {
-        let (i, panel) = (item / panels, item % panels);
-        let e = active[i];
+    // x [R, D] and h [R, F]: rows sorted by expert, so every expert's rows are one block.
+    let gathered = RowBuffer::new(Form::of(&first.inner), rows, d);
+    with_f32(x, |x| gather(x, routing, &gathered))?;
+    let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
+    let panels = first.hidden_panels();
+    for_each(active.len() * panels, first.hidden_flops(rows, d), |item| {
+        let (e, panel) = (active[item / panels], item % panels);
+        let rows = routing.expert_rows(e);
         // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe {
-            experts[e].hidden(
-                expert_rows(&gathered, routing, e, d),
-                panel,
-                out.from(routing.expert_rows(e).start * width),
-            )
-        };
+        unsafe { experts[e].hidden(gathered.rows().slice(rows.clone()), panel, &h, rows.start) };
     });
     drop(gathered);
 
-    // y [R, D]: what each expert says about each of its tokens.
-    let mut y = vec![0.0; rows * d];
-    let out = SharedOut::new(&mut y);
-    let panels = d.div_ceil(NR);
-    for_each(active.len() * panels, 2 * rows * d * width, |item| {
-        let (i, panel) = (item / panels, item % panels);
-        let e = active[i];
-        let first = routing.expert_rows(e).start * d + panel * NR;
-        // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe { experts[e].output(expert_rows(&h, routing, e, width), panel, out.from(first)) };
-    });
-
+    // A work item has its columns of all experts, one after the other, and so of every token's sum, whose order is thus
+    // the same whatever else is in the step.
     let mut sums = vec![0.0; tokens * d];
-    for (t, sum) in sums.chunks_exact_mut(d).enumerate() {
-        for &row in routing.token_rows(t) {
-            let row = row as usize;
-            let weight = routing.weight_r()[row];
-            sum.iter_mut().zip(&y[row * d..(row + 1) * d]).for_each(|(s, y)| *s += weight * y);
+    let out = SharedOut::new(&mut sums);
+    let panels = d.div_ceil(NR);
+    let at_once = (panels / (ITEMS_PER_THREAD * rayon::current_num_threads())).clamp(1, PANELS_MAX);
+    for_each(panels.div_ceil(at_once), 2 * rows * d * first.width, |item| {
+        let panels = item * at_once..panels.min((item + 1) * at_once);
+        for &e in &active {
+            let rows = routing.expert_rows(e);
+            experts[e].output(h.rows().slice(rows.clone()), panels.clone(), |row, y| {
+                let row = rows.start + row;
+                let at = routing.token_r()[row] as usize * d + panels.start * NR;
+                // SAFETY: items add to disjoint columns.
+                let sum = unsafe { std::slice::from_raw_parts_mut(out.from(at), y.len()) };
+                add_scaled(sum, routing.weight_r()[row], y);
+            });
         }
-    }
+    });
     Tensor::from_vec(sums, (tokens, d), &Device::Cpu)
+}
+
+/// Work items of the last projection for each thread, where there are enough columns.
+const ITEMS_PER_THREAD: usize = 8;
+
+/// The tokens' rows of `x [T, D]` in the order of the routing, `[R, D]`.
+fn gather(x: &[f32], routing: &Routing, to: &RowBuffer) {
+    let d = to.rows().width();
+    let rows = routing.token_r();
+    for_each(rows.len().div_ceil(ROWS_PER_ITEM), rows.len() * d * FLOPS_PER_COPY, |item| {
+        let first = item * ROWS_PER_ITEM;
+        for (row, token) in rows.iter().enumerate().skip(first).take(ROWS_PER_ITEM) {
+            let start = *token as usize * d;
+            // SAFETY: items write disjoint rows.
+            unsafe { to.write(row, 0, &x[start..start + d]) };
+        }
+    });
 }

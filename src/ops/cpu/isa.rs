@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 /// Instruction sets the kernels are written for, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Isa {
+    /// AVX-512 and tiles of bf16.
+    Amx,
     Avx512,
     /// AVX2 and FMA.
     Avx2,
@@ -24,6 +26,9 @@ impl Isa {
         let mut all = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
+            if super::gemm::has_amx() {
+                all.push(Self::Amx);
+            }
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
                 all.push(Self::Avx512);
             }
@@ -39,6 +44,7 @@ impl Isa {
 /// `cpu (AVX-512, 2 threads)`.
 pub(crate) fn describe() -> String {
     let name = match Isa::get() {
+        Isa::Amx => "AMX",
         Isa::Avx512 => "AVX-512",
         Isa::Avx2 => "AVX2",
         Isa::Portable => "portable",
@@ -59,7 +65,7 @@ macro_rules! multiversion {
                 fn avx2($($arg: $ty),*) { $body($($arg),*) }
                 match Isa::get() {
                     // SAFETY: `Isa::get` found these instructions.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    Isa::Amx | Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     Isa::Portable => {}

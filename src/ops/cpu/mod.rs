@@ -1,14 +1,17 @@
 //! CPU kernels: weights packed at load, activations f32, every output summed over its inputs in one fixed
 //! order, so that neither the number of rows nor of threads changes a bit.
 
+mod aligned;
 mod attention;
 mod attention_kernel;
 mod experts;
 pub(super) mod gemm;
 mod isa;
 mod kernel;
+mod math;
 mod norm;
 mod pack;
+mod rows;
 pub(super) mod train;
 
 pub(super) use attention::KvStore;
@@ -18,8 +21,8 @@ pub(super) use norm::{layer_norm, rms_norm, rotate};
 pub(super) use pack::PackedMatrix;
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
-use kernel::Rows;
 use rayon::prelude::*;
+use rows::{Form, RowBuffer, Rows};
 
 /// A contiguous f32 tensor's elements, copied.
 pub(super) fn host_f32(x: &Tensor) -> Result<Vec<f32>> {
@@ -42,7 +45,10 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix) -> Result<Tensor> {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
     let mut y = vec![0.0; tokens * w.outputs()];
-    with_f32(x, |x| kernel::matmul(Rows::new(x, inputs), w, &mut y))?;
+    with_f32(x, |x| match Form::of(w) {
+        Form::F32 => kernel::matmul(Rows::of_f32(x, inputs), w, &mut y),
+        Form::Bf16 => kernel::matmul(RowBuffer::rounded(x, inputs).rows(), w, &mut y),
+    })?;
     Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
 }
 

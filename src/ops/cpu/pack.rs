@@ -1,9 +1,11 @@
 //! Weights in the order the kernels read them.
 //!
 //! A `[O, I]` matrix is cut into panels of [`NR`] outputs. Within a panel, input after input holds its NR
-//! weights side by side (bf16: two inputs to a word, which widens to f32 by a shift or a mask), so that a kernel
-//! streams a panel front to back. The last panel is padded with zeros.
+//! weights side by side (bf16: two inputs to a word, as the tile unit wants them, padded to whole [`BLOCK`]s), so that a
+//! kernel streams a panel front to back. The last panel is padded with zeros.
 
+use super::aligned::Aligned;
+use super::rows::bf16_bits;
 use crate::ops::HostTensor;
 use candle_core::DType;
 use half::{bf16, f16};
@@ -11,6 +13,9 @@ use rayon::prelude::*;
 
 /// Outputs per panel: two AVX-512 registers.
 pub(super) const NR: usize = 32;
+
+/// Inputs of a bf16 product whose sum is taken by itself: those of a tile.
+pub(super) const BLOCK: usize = 32;
 
 /// A packed weight matrix.
 #[derive(Debug)]
@@ -23,11 +28,11 @@ pub(crate) struct PackedMatrix {
 #[derive(Debug)]
 pub(super) enum Data {
     /// `[panels, I, NR]`
-    F32(Vec<f32>),
-    /// `[panels, I/2 rounded up, NR]`, two bf16 a word: the even input in the low half.
-    Bf16(Vec<u32>),
+    F32(Aligned<f32>),
+    /// `[panels, pairs of inputs, NR]`, two bf16 a word: the even input in the low half.
+    Bf16(Aligned<u32>),
     /// `[panels, I, NR]`
-    F16(Vec<u16>),
+    F16(Aligned<u16>),
 }
 
 impl PackedMatrix {
@@ -47,8 +52,8 @@ impl PackedMatrix {
             DType::F16 => Data::F16(fill(panels, inputs * NR, weights, |x, at, out: &mut u16| {
                 *out = f16::from_f32(x[at]).to_bits()
             })),
-            _ => Data::Bf16(fill(panels, inputs.div_ceil(2) * NR, weights, |x, at, out: &mut u32| {
-                let bits = |i: usize| x.get(i).map_or(0, |v| u32::from(bf16::from_f32(*v).to_bits()));
+            _ => Data::Bf16(fill(panels, pairs(inputs) * NR, weights, |x, at, out: &mut u32| {
+                let bits = |i: usize| x.get(i).map_or(0, |v| u32::from(bf16_bits(*v)));
                 *out = bits(2 * at) | bits(2 * at + 1) << 16;
             })),
         };
@@ -81,7 +86,7 @@ impl PackedMatrix {
     /// Words of one panel.
     pub(super) fn panel_len(&self) -> usize {
         match self.data {
-            Data::Bf16(_) => self.inputs.div_ceil(2) * NR,
+            Data::Bf16(_) => pairs(self.inputs) * NR,
             _ => self.inputs * NR,
         }
     }
@@ -99,15 +104,20 @@ impl PackedMatrix {
     }
 }
 
+/// Pairs of inputs in a panel of bf16.
+fn pairs(inputs: usize) -> usize {
+    inputs.next_multiple_of(BLOCK) / 2
+}
+
 /// Fills panels with `put(row, place within the row, word)`.
 fn fill<W: Copy + Default + Send>(
     panels: usize,
     panel_len: usize,
     weights: &[&HostTensor],
     put: impl Fn(&[f32], usize, &mut W) + Sync,
-) -> Vec<W> {
+) -> Aligned<W> {
     let (rows, inputs) = weights[0].dims2();
-    let mut words = vec![W::default(); panels * panel_len];
+    let mut words = Aligned::zeroed(panels * panel_len);
     words.par_chunks_exact_mut(panel_len.max(1)).enumerate().for_each_init(
         || vec![0.0; inputs],
         |row, (p, panel)| {

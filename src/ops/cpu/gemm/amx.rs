@@ -60,7 +60,7 @@ fn permitted() -> bool {
 }
 
 /// Eight tiles of 16 rows of 64 bytes on this thread, until dropped.
-pub(super) struct Tiles {
+pub(in crate::ops::cpu) struct Tiles {
     /// Tiles belong to the thread that has configured them.
     thread: PhantomData<*mut ()>,
 }
@@ -80,7 +80,7 @@ struct Config {
 impl Tiles {
     /// # Panics
     /// If tiles aren't [`usable`].
-    pub(super) fn configure() -> Self {
+    pub(in crate::ops::cpu) fn configure() -> Self {
         assert!(usable(), "this machine has no bf16 tiles");
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].fill(64);

@@ -4,7 +4,7 @@
 //! number of threads nor the other products of a call change a bit.
 
 #[cfg(target_arch = "x86_64")]
-mod amx;
+pub(super) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
 mod dense;

@@ -1,7 +1,8 @@
 //! Activations between the projections of a feed-forward net.
 
 use super::super::isa::multiversion;
-use super::{chunk_rows, math::sigmoid};
+use super::super::math::sigmoid;
+use super::chunk_rows;
 use crate::types::Activation;
 use rayon::prelude::*;
 

@@ -10,8 +10,8 @@
 
 use super::super::gemm::{Matrix, Precision, Product, Scratch, product_here};
 use super::super::isa::multiversion;
+use super::super::math::{self, LANES};
 use super::super::{SharedOut, for_each};
-use super::math::{self, LANES};
 use std::cell::RefCell;
 
 /// Query rows of a block.

@@ -4,7 +4,8 @@
 //! `row_of[starts_t1[t]..starts_t1[t + 1]]`, ascending; a token may have none.
 
 use super::super::isa::multiversion;
-use super::{chunk_elements, chunk_rows, math};
+use super::super::math;
+use super::{chunk_elements, chunk_rows};
 use rayon::prelude::*;
 
 /// The rows of every token.

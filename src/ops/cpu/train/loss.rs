@@ -5,7 +5,8 @@
 
 use super::super::gemm::{Matrix, Precision, Product, products};
 use super::super::isa::multiversion;
-use super::{chunk_rows, math};
+use super::super::math;
+use super::chunk_rows;
 use rayon::prelude::*;
 
 /// Target of a row that is ignored.

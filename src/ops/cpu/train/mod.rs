@@ -15,7 +15,6 @@ pub(crate) mod combine;
 pub(crate) mod dropout;
 pub(crate) mod embedding;
 pub(crate) mod loss;
-mod math;
 pub(crate) mod norm;
 pub(crate) mod routing;
 

@@ -1,7 +1,8 @@
 //! RMS norm and layer norm of rows `[T, D]`. Backward computes the scale again and needs nothing from forward.
 
 use super::super::isa::multiversion;
-use super::{add_in_order, chunk_elements, math};
+use super::super::math;
+use super::{add_in_order, chunk_elements};
 use rayon::prelude::*;
 
 /// `y = x / √(mean(x²) + eps) ⊙ w`, `[T, D]`.

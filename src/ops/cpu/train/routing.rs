@@ -3,8 +3,8 @@
 //! Either rule is a softmax over some experts of the token: all of them, or those chosen for it. Rows of expert e
 //! are `offsets_e1[e]..offsets_e1[e + 1]`; row r computes token `token_r[r]`.
 
+use super::super::math::exp;
 use super::chunk_rows;
-use super::math::exp;
 use rayon::prelude::*;
 
 /// What the weights of a token are shares of.

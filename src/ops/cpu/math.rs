@@ -5,7 +5,7 @@ pub(super) const LANES: usize = 16;
 
 /// eˣ for x ≤ 0: relative error below 3·10⁻⁷, 0 where the result would be no normal number.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(in crate::ops::cpu) fn exp(x: f32) -> f32 {
     // Adding 1.5·2²³ rounds to whole numbers, which are then the low bits.
     const ROUND: f32 = 12_582_912.0;
     // ln 2 in two parts, the first so short that its products with whole numbers are exact.

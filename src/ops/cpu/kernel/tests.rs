@@ -1,0 +1,82 @@
+use super::*;
+use crate::ops::HostTensor;
+use crate::ops::reference;
+use crate::ops::testing::{assert_close, exact, numbers, weights};
+use candle_core::DType;
+use proptest::prelude::*;
+
+/// The product as every instruction set of this machine computes it, best first.
+fn products(x: &[f32], w: &PackedMatrix) -> Vec<Vec<f32>> {
+    let compute = |isa| {
+        let mut y = vec![f32::NAN; x.len() / w.inputs() * w.outputs()];
+        matmul_on(isa, x, w, &mut y);
+        y
+    };
+    Isa::available().into_iter().map(compute).collect()
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn every_instruction_set_agrees_with_the_reference(
+        m in 1usize..80, i in 1usize..100, o in 1usize..140, seed in 0u64..1000
+    ) {
+        let w = weights(seed, o, i);
+        let x = exact(seed + 7, m * i);
+        let want = reference::linear(&x, &w.to_f32(), i, o);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for y in products(&x, &PackedMatrix::pack(&w, dtype)) {
+                assert_close(&y, &want, 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn with_weights_of_bf16_all_instruction_sets_agree_to_the_bit(
+        m in 1usize..80, i in 1usize..200, o in 1usize..140, seed in 0u64..1000
+    ) {
+        let w = PackedMatrix::pack(&HostTensor::from_f32(&[o, i], &numbers(seed, o * i)), DType::BF16);
+        let all = products(&numbers(seed + 7, m * i), &w);
+        for other in &all {
+            prop_assert!(bits(&all[0]) == bits(other));
+        }
+    }
+}
+
+#[test]
+fn many_rows_and_deep_products_agree_to_the_bit_and_with_the_reference() {
+    for (m, i, o) in [(1, 1100, 40), (17, 600, 33), (33, 1056, 64), (300, 520, 70), (257, 1030, 31)] {
+        let x = exact(1, m * i);
+        let host = weights(2, o, i);
+        let w = PackedMatrix::pack(&host, DType::BF16);
+        let all = products(&x, &w);
+        assert_close(&all[0], &reference::linear(&x, &host.to_f32(), i, o), 1e-5);
+        for other in &all {
+            assert!(bits(&all[0]) == bits(other), "{m} rows of {i} inputs, {o} outputs");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_a_number_stays_in_its_row() {
+    let (m, i, o) = (40, 64, 33);
+    let mut x = exact(1, m * i);
+    x[7 * i + 3] = f32::NAN;
+    x[9 * i] = f32::INFINITY;
+    let ones = HostTensor::from_f32(&[o, i], &vec![1.0; o * i]);
+    for y in products(&x, &PackedMatrix::pack(&ones, DType::BF16)) {
+        for (row, y) in y.chunks(o).enumerate() {
+            let right = |y: f32| match row {
+                7 => y.is_nan(),
+                9 => y == f32::INFINITY,
+                _ => y.is_finite(),
+            };
+            assert!(y.iter().all(|y| right(*y)), "row {row}: {y:?}");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Activations on their way into a product, in the form its weights ask for.
+
+use super::aligned::Aligned;
+use super::isa::multiversion;
+use super::pack::{BLOCK, Data, PackedMatrix};
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// What a product reads of its activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    F32,
+    /// Rounded to nearest even.
+    Bf16,
+}
+
+impl Form {
+    /// What products with `w` read.
+    pub(super) fn of(w: &PackedMatrix) -> Self {
+        match w.data() {
+            Data::Bf16(_) => Self::Bf16,
+            Data::F32(_) | Data::F16(_) => Self::F32,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Rows of activations, `[M, I]`.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    start: *const u8,
+    form: Form,
+    len: usize,
+    /// Elements from row to row.
+    stride: usize,
+    width: usize,
+    lifetime: PhantomData<&'a [f32]>,
+}
+
+// SAFETY: rows are only read.
+unsafe impl Send for Rows<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Rows<'_> {}
+
+impl<'a> Rows<'a> {
+    /// `x` as rows of `width`.
+    pub(super) fn of_f32(x: &'a [f32], width: usize) -> Self {
+        let len = x.len() / width;
+        Self { start: x.as_ptr().cast(), form: Form::F32, len, stride: width, width, lifetime: PhantomData }
+    }
+
+    /// M.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// I.
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Elements from row to row.
+    pub(super) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Some of the rows.
+    pub(super) fn slice(self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.len);
+        let start = self.start.wrapping_add(rows.start * self.stride * self.form.bytes());
+        Self { start, len: rows.len(), ..self }
+    }
+
+    /// The first row's elements, where they are f32.
+    pub(super) fn f32(&self) -> *const f32 {
+        assert_eq!(self.form, Form::F32, "products with these weights read f32");
+        self.start.cast()
+    }
+
+    /// The first row's elements, where they are bf16: every row goes on with zeros to a whole [`BLOCK`], and whole
+    /// tiles of rows may be read.
+    pub(super) fn bf16(&self) -> *const u16 {
+        assert_eq!(self.form, Form::Bf16, "products with these weights read bf16");
+        self.start.cast()
+    }
+}
+
+/// Rows that one may read beyond the last one: a tile's.
+const SPARE_ROWS: usize = 31;
+/// Elements beyond a row of bf16: were rows a multiple of 4 KB apart, they would share a few sets of the cache.
+const GAP: usize = 32;
+
+/// Room for rows of activations. Memory is taken from a store of the thread and given back to it.
+pub(super) struct RowBuffer {
+    words: Aligned<u32>,
+    /// Of `words`.
+    start: *mut u8,
+    form: Form,
+    len: usize,
+    stride: usize,
+    width: usize,
+}
+
+thread_local! {
+    /// Buffers to be used again.
+    static STORE: RefCell<Vec<Aligned<u32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Buffers a thread keeps: an expert layer has two at a time, and a projection within it none.
+const STORED_MAX: usize = 4;
+
+impl RowBuffer {
+    /// For `[len, width]` elements, which must be written before they are read.
+    pub(super) fn new(form: Form, len: usize, width: usize) -> Self {
+        let stride = match form {
+            Form::F32 => width,
+            Form::Bf16 => width.next_multiple_of(BLOCK) + GAP,
+        };
+        let words = ((len + SPARE_ROWS) * stride * form.bytes()).div_ceil(4);
+        let stored = STORE.with_borrow_mut(|store| {
+            let fits = store.iter().position(|stored| stored.len() >= words);
+            fits.map(|at| store.swap_remove(at))
+        });
+        let mut words = stored.unwrap_or_else(|| Aligned::zeroed(words));
+        let start = words.as_mut_ptr().cast();
+        let mut buffer = Self { words, start, form, len, stride, width };
+        buffer.clear_ends();
+        buffer
+    }
+
+    /// `x [M, I]` as bf16.
+    pub(super) fn rounded(x: &[f32], width: usize) -> Self {
+        let buffer = Self::new(Form::Bf16, x.len() / width, width);
+        super::for_each(buffer.len.div_ceil(ROWS_PER_ITEM), x.len() * FLOPS_PER_COPY, |item| {
+            let first = item * ROWS_PER_ITEM;
+            for row in first..buffer.len.min(first + ROWS_PER_ITEM) {
+                // SAFETY: items write disjoint rows.
+                unsafe { buffer.write(row, 0, &x[row * width..(row + 1) * width]) };
+            }
+        });
+        buffer
+    }
+
+    /// Zeros what lies between the last element of a row and a whole block.
+    fn clear_ends(&mut self) {
+        if self.form == Form::Bf16 && !self.width.is_multiple_of(BLOCK) {
+            let start: *mut u16 = self.start.cast();
+            for row in 0..self.len {
+                // SAFETY: the row lies within the buffer.
+                let row = unsafe { std::slice::from_raw_parts_mut(start.add(row * self.stride), self.stride) };
+                row[self.width..].fill(0);
+            }
+        }
+    }
+
+    /// Writes elements `column..` of row `row`.
+    ///
+    /// # Safety
+    /// No one else may read or write these elements at the same time.
+    pub(super) unsafe fn write(&self, row: usize, column: usize, values: &[f32]) {
+        assert!(row < self.len && column + values.len() <= self.width);
+        let at = row * self.stride + column;
+        // SAFETY: the elements lie within the buffer and are the caller's.
+        unsafe {
+            match self.form {
+                Form::F32 => {
+                    std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.cast::<f32>().add(at), values.len());
+                }
+                Form::Bf16 => {
+                    round(values, std::slice::from_raw_parts_mut(self.start.cast::<u16>().add(at), values.len()));
+                }
+            }
+        }
+    }
+
+    /// All rows.
+    pub(super) fn rows(&self) -> Rows<'_> {
+        let Self { form, len, stride, width, .. } = *self;
+        Rows { start: self.start, form, len, stride, width, lifetime: PhantomData }
+    }
+}
+
+// SAFETY: the pointer is into `words`, which goes along.
+unsafe impl Send for RowBuffer {}
+// SAFETY: shared access writes only through `write`, whose callers answer for it.
+unsafe impl Sync for RowBuffer {}
+
+impl Drop for RowBuffer {
+    fn drop(&mut self) {
+        let words = std::mem::replace(&mut self.words, Aligned::zeroed(0));
+        STORE.with_borrow_mut(|store| {
+            store.push(words);
+            if store.len() > STORED_MAX {
+                store.sort_unstable_by_key(|stored| std::cmp::Reverse(stored.len()));
+                store.truncate(STORED_MAX);
+            }
+        });
+    }
+}
+
+/// Rows that a work item copies.
+pub(super) const ROWS_PER_ITEM: usize = 16;
+/// What copying a number counts as: it is bound by memory.
+pub(super) const FLOPS_PER_COPY: usize = 8;
+
+multiversion!(fn round(x: &[f32], out: &mut [u16]) = round_body);
+
+#[inline(always)]
+fn round_body(x: &[f32], out: &mut [u16]) {
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = bf16_bits(*x));
+}
+
+/// `x` rounded to bf16, to nearest even. What is no normal number becomes 0, as in the tile unit, so that every
+/// instruction set multiplies the same numbers.
+#[inline(always)]
+pub(super) fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    let magnitude = bits & 0x7FFF_FFFF;
+    let nan = (bits >> 16) | 0x40;
+    let normal = if magnitude > 0x7F80_0000 { nan } else { rounded };
+    (if magnitude < 0x0080_0000 { (bits >> 16) & 0x8000 } else { normal }) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn rounding_is_to_the_nearest_even_and_of_what_is_too_small_to_zero(bits in any::<u32>()) {
+            let x = f32::from_bits(bits);
+            let found = bf16::from_bits(bf16_bits(x));
+            if x.is_nan() {
+                prop_assert!(found.is_nan());
+            } else if x.is_normal() || x.is_infinite() {
+                prop_assert_eq!(found.to_bits(), bf16::from_f32(x).to_bits());
+            } else {
+                prop_assert_eq!(found.to_f32().to_bits(), 0.0f32.copysign(x).to_bits());
+            }
+        }
+    }
+
+    #[test]
+    fn rows_end_in_zeros_whatever_the_memory_held_before() {
+        drop(RowBuffer::rounded(&[f32::NAN; 40 * 64], 64));
+        let x: Vec<f32> = (0..3 * 37).map(|x| x as f32).collect();
+        let buffer = RowBuffer::rounded(&x, 37);
+        let rows = buffer.rows();
+        for row in 0..3 {
+            // SAFETY: rows go on to a whole block.
+            let row_bits = unsafe { std::slice::from_raw_parts(rows.bf16().add(row * rows.stride()), 2 * BLOCK) };
+            let want = x[row * 37..(row + 1) * 37].iter().copied().chain(std::iter::repeat(0.0)).take(2 * BLOCK);
+            assert!(row_bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).eq(want));
+        }
+    }
+}
