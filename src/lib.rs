@@ -21,16 +21,19 @@
 //! | how do messages become a prompt? | [`chat`]: the checkpoint's own template |
 //! | how is a router's quality measured? | [`eval`]: tasks, comparison with static controls, reports |
 //! | how is a router fitted to a checkpoint and a budget? | [`calibrate`]: trace, KL per layer, knapsack, held-out check |
+//! | how fast is a model here? | [`bench`]: prompts and decoding beside the machine's own ceilings |
 //! | how is a model trained? | [`train`]: the loop, the recipes' meaning, the exported checkpoint |
 //! | what does the API accept? | [`wire`] for the JSON, [`types::GenerateRequest::check`] for the limits |
 //!
 //! # Arrows (→ imports; everyone may import `types`)
 //!
 //! `moe → ops`; `model → moe, ops`; `engine → model, moe, ops, sched`; `http → engine::api, wire, chat, telemetry`;
-//! `eval → engine, model, moe, ops, plot`; `calibrate → engine, eval, model, moe, ops`; `train → moe, ops, plot`. The type `moe::Routing` is
+//! `eval → engine, model, moe, ops, plot`; `calibrate → engine, eval, model, moe, ops`; `bench → engine, model, moe, ops, plot`;
+//! `train → moe, ops, plot`. The type `moe::Routing` is
 //! what `ops` computes by: the one arrow back. `tests/it/tidy.rs` checks them.
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod bench;
 pub mod calibrate;
 pub mod chat;
 pub mod engine;

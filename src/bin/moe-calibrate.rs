@@ -6,8 +6,9 @@ use moe_serve::calibrate::{Scope, Settings, Target, bundled, calibrate, correlat
 use moe_serve::engine::Found;
 use moe_serve::model::LoadOptions;
 use moe_serve::model::hub::HubOptions;
+use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice};
+use moe_serve::types::{DeviceChoice, DtypeChoice, Threads};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,6 +29,9 @@ struct Cli {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Threads that compute; without it, RAYON_NUM_THREADS or one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<Threads>,
     /// Never touch the network (also HF_HUB_OFFLINE=1)
     #[arg(long)]
     offline: bool,
@@ -72,7 +76,7 @@ fn positive(text: &str) -> Result<usize, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match init(LogFormat::Text, None).map_err(anyhow::Error::from).and_then(|()| run(&cli)) {
+    match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -82,6 +86,8 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    use_threads(cli.threads)?;
+    init(LogFormat::Text, None)?;
     // What can be wrong without a model is found before it is loaded.
     let settings = Settings {
         target: Target::asked(cli.target_flops, cli.target_bytes, cli.batch_size, cli.scope)?,

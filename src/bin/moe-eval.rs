@@ -19,8 +19,9 @@ use moe_serve::model::{LoadOptions, hash};
 use moe_serve::moe::Policy;
 use moe_serve::moe::calibration::Calibrations;
 use moe_serve::moe::router::{ROUTERS, find, sweep};
+use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec, hex};
+use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec, Threads, hex};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -61,6 +62,9 @@ struct ModelArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Threads that compute; without it, RAYON_NUM_THREADS or one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<Threads>,
     /// Longest prompt and completion together, in tokens; without it, the model's own
     #[arg(long, value_name = "N")]
     max_model_len: Option<usize>,
@@ -176,20 +180,29 @@ fn help() -> String {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = init(LogFormat::Text, None).map_err(anyhow::Error::from).and_then(|()| match &cli.command {
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let model = match &cli.command {
+        Some(Command::Profile(args)) => &args.model,
+        _ => &cli.eval.model,
+    };
+    use_threads(model.threads)?;
+    init(LogFormat::Text, None)?;
+    match &cli.command {
         None => eval(&cli.eval),
         Some(Command::List) => {
             list();
             Ok(())
         }
         Some(Command::Profile(args)) => profile(args),
-    });
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
     }
 }
 

@@ -10,8 +10,9 @@ use moe_serve::http::{ApiKeys, Service, ServiceOptions, Switch, Tls, Transport, 
 use moe_serve::model::hub::{Files, HubOptions};
 use moe_serve::model::{FAMILIES, LoadOptions};
 use moe_serve::moe::router::{ESTIMATORS, ROUTERS, find};
+use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec};
+use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec, Threads};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -48,6 +49,9 @@ struct Args {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Threads that compute; without it, RAYON_NUM_THREADS or one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<Threads>,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
@@ -173,7 +177,7 @@ fn router_help() -> String {
     }
     help.push_str(
         "\nEnvironment: HF_TOKEN, HF_TOKEN_PATH, HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE as in Python's huggingface_hub; \
-         RUST_LOG for the log; RAYON_NUM_THREADS for the number of CPU threads.",
+         RUST_LOG for the log; RAYON_NUM_THREADS for the number of CPU threads where --threads does not give it.",
     );
     help
 }
@@ -189,6 +193,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: &Args) -> Result<()> {
+    use_threads(args.threads)?;
     find(&args.router)?;
     let end_telemetry = start_telemetry(args)?;
     // What can be wrong without a model is found before it is loaded.

@@ -7,7 +7,7 @@ use moe_serve::engine::api::Generate;
 use moe_serve::engine::{EngineConfig, Found, Launched};
 use moe_serve::model::LoadOptions;
 use moe_serve::model::hub::HubOptions;
-use moe_serve::ops::Backend;
+use moe_serve::ops::{Backend, use_threads};
 use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::train::data::{DataSpec, Prepared, Progress as Reading, TokenizerSpec, prepare, synthetic};
 use moe_serve::train::recipe::{Recipe, RecipeFile, SampleSpec};
@@ -15,7 +15,7 @@ use moe_serve::train::report::{
     EvalLog, RunResults, Sample, StepLog, compare_markdown, compare_terminal, html, summary,
 };
 use moe_serve::train::{Job, Outcome, Watch, read_log, train};
-use moe_serve::types::{DeviceChoice, DtypeChoice, GenerateRequest, RouterSpec, SamplingParams};
+use moe_serve::types::{DeviceChoice, DtypeChoice, GenerateRequest, RouterSpec, SamplingParams, Threads};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -74,6 +74,9 @@ struct TrainArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Threads that compute; without it, RAYON_NUM_THREADS or one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<Threads>,
     /// Go on where the run in the folder stopped
     #[arg(long, conflicts_with = "overwrite")]
     resume: bool,
@@ -117,21 +120,34 @@ struct SampleArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
+    /// Threads that compute; without it, RAYON_NUM_THREADS or one per core
+    #[arg(long, value_name = "N")]
+    threads: Option<Threads>,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = init(LogFormat::Text, None).map_err(anyhow::Error::from).and_then(|_log| match &cli.command {
-        Some(Command::Compare(args)) => compare_runs(args),
-        Some(Command::Sample(args)) => sample(args),
-        None => run(&cli.train),
-    });
-    match result {
+    match start(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("moe-train: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn start(cli: &Cli) -> Result<()> {
+    let threads = match &cli.command {
+        Some(Command::Compare(_)) => None,
+        Some(Command::Sample(args)) => args.threads,
+        None => cli.train.threads,
+    };
+    use_threads(threads)?;
+    init(LogFormat::Text, None)?;
+    match &cli.command {
+        Some(Command::Compare(args)) => compare_runs(args),
+        Some(Command::Sample(args)) => sample(args),
+        None => run(&cli.train),
     }
 }
 

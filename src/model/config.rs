@@ -4,6 +4,7 @@
 use super::LoadError;
 use super::rope::RopeConfig;
 use crate::types::{Activation, AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape};
+use candle_core::DType;
 use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
@@ -201,6 +202,33 @@ pub(super) fn vocab(config: &mut Config) -> Result<usize, LoadError> {
 /// Layers of the model.
 pub(super) fn layers(config: &mut Config) -> Result<usize, LoadError> {
     config.int("num_hidden_layers", 1..=LAYERS_MAX)
+}
+
+/// Keeps the first `count` layers, in every field that tells of each of them.
+pub(super) fn cut_layers(config: &mut Config, count: usize) -> Result<(), LoadError> {
+    let layers = layers(config)?;
+    if count == 0 || count > layers {
+        return Err(LoadError::Layers { asked: count, layers });
+    }
+    config.fields.insert("num_hidden_layers".into(), count.into());
+    if let Some(Value::Array(types)) = config.fields.get_mut("layer_types") {
+        types.truncate(count);
+    }
+    if let Some(Value::Array(numbers)) = config.fields.get_mut("moe_layers") {
+        numbers.retain(|number| number.as_u64().is_none_or(|number| number < count as u64));
+    }
+    Ok(())
+}
+
+/// What the file says its weights are stored in; bf16, which new checkpoints are, where it says nothing.
+pub(super) fn stored_dtype(config: &mut Config) -> Result<DType, LoadError> {
+    let field = if config.get("torch_dtype").is_some() { "torch_dtype" } else { "dtype" };
+    match config.get(field).cloned().as_ref().map(|value| value.as_str()) {
+        None | Some(Some("bfloat16")) => Ok(DType::BF16),
+        Some(Some("float16")) => Ok(DType::F16),
+        Some(Some("float32")) => Ok(DType::F32),
+        Some(_) => Err(config.error(field, "must be bfloat16, float16 or float32")),
+    }
 }
 
 /// Experts per layer, under whichever of its names the file has.

@@ -164,6 +164,14 @@ impl CausalLm {
         self.embedding.bytes() + positions + head + layers + self.norm.bytes()
     }
 
+    /// Bytes of the weights that every step reads, whatever is routed: all but those of routed experts and the tables of
+    /// embeddings, of which it reads rows.
+    pub fn dense_bytes(&self) -> usize {
+        let layers: usize = self.layers.iter().map(DecoderLayer::bytes).sum();
+        let experts = self.shape.moe.layers * self.shape.moe.experts * self.expert_bytes();
+        layers - experts + self.norm.bytes() + self.lm_head.bytes()
+    }
+
     /// Bytes of one routed expert's weights.
     pub fn expert_bytes(&self) -> usize {
         let moe = self.layers.iter().find_map(|layer| match &layer.ffn {

@@ -26,6 +26,8 @@ pub enum LoadError {
         "--max-model-len must be between 1 and {max_positions} (max_position_embeddings of the checkpoint); got {asked}"
     )]
     MaxModelLen { asked: usize, max_positions: usize },
+    #[error("--layers must be between 1 and {layers} (num_hidden_layers of the config); got {asked}")]
+    Layers { asked: usize, layers: usize },
     #[error("{0}")]
     Hub(String),
     #[error(transparent)]

@@ -79,7 +79,24 @@ const INDEX: &str = "model.safetensors.index.json";
 /// A directory without a needed file, an id that does not exist, is gated, has no safetensors, or is not in the
 /// cache when offline.
 pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Result<Files, LoadError> {
-    gather(model, options, bars, collect)
+    gather(("--model", model), options, bars, collect)
+}
+
+/// Finds config.json of `model` alone: a file, the directory it is in, or a hub id. `flag` is where it was given.
+///
+/// # Errors
+/// As for [`resolve`].
+pub fn resolve_config(
+    (flag, model): (&str, &str),
+    options: &HubOptions,
+    bars: &MultiProgress,
+) -> Result<PathBuf, LoadError> {
+    if Path::new(model).is_file() {
+        return Ok(model.into());
+    }
+    gather((flag, model), options, bars, |_, find| {
+        find(CONFIG)?.ok_or_else(|| LoadError::Hub(format!("{model} has no {CONFIG}")))
+    })
 }
 
 /// Finds config.json and tokenizer.json of `model`: all that is needed where another program runs it.
@@ -92,7 +109,7 @@ pub fn resolve_tokenizer(
     bars: &MultiProgress,
 ) -> Result<(PathBuf, PathBuf), LoadError> {
     let missing = |name: &str| LoadError::Hub(format!("{model} has no {name}"));
-    gather(model, options, bars, |_, find| {
+    gather(("--model", model), options, bars, |_, find| {
         let config = find(CONFIG)?.ok_or_else(|| missing(CONFIG))?;
         Ok((config, find(TOKENIZER)?.ok_or_else(|| missing(TOKENIZER))?))
     })
@@ -103,7 +120,7 @@ type Find<'a> = &'a mut dyn FnMut(&str) -> Result<Option<PathBuf>, LoadError>;
 
 /// Lets `collect` gather what it needs from where the model is.
 fn gather<T>(
-    model: &str,
+    (flag, model): (&str, &str),
     options: &HubOptions,
     bars: &MultiProgress,
     collect: impl Fn(&str, Find<'_>) -> Result<T, LoadError>,
@@ -116,11 +133,11 @@ fn gather<T>(
         return collect(model, &mut |name| Ok(Some(path.join(name)).filter(|p| p.is_file())));
     }
     if path.is_file() {
-        return Err(LoadError::Hub(format!("--model {model} is a file; give the directory it is in")));
+        return Err(LoadError::Hub(format!("{flag} {model} is a file; give the directory it is in")));
     }
     if !is_hub_id(model) {
         return Err(LoadError::Hub(format!(
-            "--model {model}: there is no such directory, and it is no hub id of the form organisation/name"
+            "{flag} {model}: there is no such directory, and it is no hub id of the form organisation/name"
         )));
     }
     let cache = cache_of(options);

@@ -1,6 +1,6 @@
 //! From files to a model: config.json decides the family, the family takes its tensors, nothing may be left over.
 
-use super::config::{Config, max_positions};
+use super::config::{Config, cut_layers, max_positions, stored_dtype};
 use super::hub::Files;
 use super::{CausalLm, FAMILIES, LoadError, Loader, Weights};
 use crate::ops::Backend;
@@ -31,6 +31,17 @@ pub struct Loaded {
 /// Context that is prepared for unless a longer one is asked for: rotary tables take memory by its length.
 const DEFAULT_LEN_MAX: usize = 1 << 17;
 
+/// Where a model comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    Files(&'a Files),
+    /// Weights made up for a config.json: the work is that of a checkpoint of its shape, the text is noise.
+    Random {
+        config: &'a Path,
+        seed: u64,
+    },
+}
+
 /// Loads the checkpoint in `files`. `on_progress(read, total)` is told bytes.
 ///
 /// # Errors
@@ -38,13 +49,28 @@ const DEFAULT_LEN_MAX: usize = 1 << 17;
 pub fn load(
     files: &Files,
     options: &LoadOptions,
+    on_progress: impl FnMut(u64, u64) + 'static,
+) -> Result<Loaded, LoadError> {
+    load_from(Source::Files(files), options, None, on_progress)
+}
+
+/// Loads a model, of `layers` only the first where they are given. `on_progress(read, total)` is told bytes; the total of
+/// weights that are made up is not known before, and 0.
+///
+/// # Errors
+/// As [`load`], or layers that the model does not have.
+pub fn load_from(
+    source: Source<'_>,
+    options: &LoadOptions,
+    layers: Option<usize>,
     mut on_progress: impl FnMut(u64, u64) + 'static,
 ) -> Result<Loaded, LoadError> {
-    let mut config = read_json(&files.config)?;
-    let mut generation = match &files.generation_config {
-        Some(path) => Some(read_json(path)?),
-        None => None,
+    let (config, generation) = match source {
+        Source::Files(files) => (&*files.config, files.generation_config.as_deref()),
+        Source::Random { config, .. } => (config, None),
     };
+    let mut config = read_json(config)?;
+    let mut generation = generation.map(read_json).transpose()?;
     let model_type = match config.get("model_type").cloned() {
         Some(Value::String(name)) => name,
         Some(other) => return Err(config.error("model_type", format!("must be a string; got {other}"))),
@@ -60,20 +86,27 @@ pub fn load(
         return Err(LoadError::MaxModelLen { asked: max_model_len, max_positions });
     }
 
-    let mut weights = Weights::open(&files.weights)?;
+    let mut weights = match source {
+        Source::Files(files) => Weights::open(&files.weights)?,
+        Source::Random { seed, .. } => Weights::random(seed, stored_dtype(&mut config)?),
+    };
+    // Frequencies that older files carry and that are computed here.
+    weights.ignore(|name| name.ends_with("rotary_emb.inv_freq"));
+    if let Some(layers) = layers {
+        cut_layers(&mut config, layers)?;
+        weights.ignore(|name| layer_of(name).is_some_and(|layer| layer >= layers));
+    }
     let (mut read, total) = (0, weights.bytes_left());
     weights.on_read(move |bytes| {
         read += bytes;
         on_progress(read, total);
     });
-    // Frequencies that older files carry and that are computed here.
-    weights.ignore(|name| name.ends_with("rotary_emb.inv_freq"));
     let backend = Backend::select(options.device, options.dtype, weights.stored_dtype())?;
-    let parameters = weights.parameters();
     let mut model = (family.build)(
         &mut config,
         &mut Loader { weights: &mut weights, backend: &backend, positions: max_model_len },
     )?;
+    let parameters = weights.parameters();
     if model.tied {
         // Some files store the LM head although it is tied.
         weights.ignore(|name| name == "lm_head.weight");
@@ -96,6 +129,11 @@ pub fn load(
     }
     let unread_config = config.unread().into_iter().map(String::from).collect();
     Ok(Loaded { model, eos, max_model_len, unread_config })
+}
+
+/// The layer that a tensor is of.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 
 fn read_json(path: &Path) -> Result<Config, LoadError> {

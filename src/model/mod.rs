@@ -13,13 +13,14 @@ mod moe_lm;
 mod olmoe;
 mod qwen2_moe;
 mod qwen3_moe;
+mod random;
 mod rope;
 mod weights;
 
 pub use decoder::{CausalLm, StepInput};
 pub use error::LoadError;
 pub use hash::hash;
-pub use load::{LoadOptions, Loaded, load};
+pub use load::{LoadOptions, Loaded, Source, load, load_from};
 pub use weights::Weights;
 
 use config::Config;

@@ -1,6 +1,7 @@
-//! Reads tensors out of safetensors files, one at a time, and keeps account of what was read.
+//! Reads tensors out of safetensors files, or makes them up, one at a time, and keeps account of what was read.
 
 use super::LoadError;
+use super::random::RandomWeights;
 use crate::ops::HostTensor;
 use candle_core::DType;
 use safetensors::tensor::{Dtype, Metadata};
@@ -13,12 +14,14 @@ use std::path::{Path, PathBuf};
 /// Bytes of header accepted, as in the safetensors library.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
 
-/// The tensors of a checkpoint. Nothing is mapped: a tensor's bytes are read when it is taken and freed when it
+/// The tensors of a checkpoint, or made-up ones. Nothing is mapped: a tensor's bytes are read when it is taken and freed when it
 /// is packed, so that loading never holds more than the packed weights and one tensor.
 pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// Tensors not taken yet.
     left: HashMap<String, Entry>,
+    /// Has every tensor that is asked for, beside the files.
+    random: Option<RandomWeights>,
     stored: DType,
     parameters: usize,
     on_read: Box<dyn FnMut(u64)>,
@@ -38,8 +41,7 @@ impl Weights {
     /// # Errors
     /// A file that cannot be read, is truncated, or whose header lies.
     pub fn open(paths: &[PathBuf]) -> Result<Self, LoadError> {
-        let on_read = Box::new(|_| {});
-        let mut weights = Self { files: Vec::new(), left: HashMap::new(), stored: DType::F32, parameters: 0, on_read };
+        let mut weights = Self::empty(DType::F32);
         let mut bytes_of = BTreeMap::<Dtype, usize>::new();
         for path in paths {
             let file = File::open(path).map_err(LoadError::io(path))?;
@@ -54,7 +56,6 @@ impl Weights {
                     bytes: end - start,
                 };
                 *bytes_of.entry(info.dtype).or_default() += entry.bytes;
-                weights.parameters += entry.shape.iter().product::<usize>();
                 if let Some(first) = weights.left.insert(name.clone(), entry) {
                     let first = &weights.files[first.file].0;
                     return Err(LoadError::file(path, format!("tensor `{name}` is in {} too", first.display())));
@@ -66,6 +67,16 @@ impl Weights {
         let most = most.ok_or_else(|| LoadError::file(Path::new("model.safetensors"), "holds no tensors"))?.0;
         weights.stored = float(most).ok_or_else(|| weights.not_a_float(most))?;
         Ok(weights)
+    }
+
+    /// Tensors that are made up when they are taken, of whatever name and shape; `stored` is what is said of their dtype.
+    pub fn random(seed: u64, stored: DType) -> Self {
+        Self { random: Some(RandomWeights { seed }), ..Self::empty(stored) }
+    }
+
+    fn empty(stored: DType) -> Self {
+        let on_read = Box::new(|_| {});
+        Self { files: Vec::new(), left: HashMap::new(), random: None, stored, parameters: 0, on_read }
     }
 
     fn not_a_float(&self, dtype: Dtype) -> LoadError {
@@ -83,27 +94,36 @@ impl Weights {
         self.stored
     }
 
-    /// Elements of all tensors.
+    /// Elements of the tensors taken so far.
     pub fn parameters(&self) -> usize {
         self.parameters
     }
 
-    /// Bytes of all tensors not taken yet.
+    /// Bytes of all tensors of files not taken yet.
     pub fn bytes_left(&self) -> u64 {
         self.left.values().map(|e| e.bytes as u64).sum()
     }
 
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
-        self.left.contains_key(name)
+        self.random.is_some() || self.left.contains_key(name)
     }
 
-    /// Reads the tensor `name`, which must have `shape`.
+    /// Reads or makes up the tensor `name`, which must have `shape`.
     ///
     /// # Errors
     /// A tensor that is missing, has another shape, is no float, or cannot be read.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor, LoadError> {
-        let name = name.to_string();
+        let tensor = match &self.random {
+            Some(random) => random.tensor(name, shape),
+            None => self.read(name.to_string(), shape)?,
+        };
+        self.parameters += shape.iter().product::<usize>();
+        (self.on_read)(tensor.bytes() as u64);
+        Ok(tensor)
+    }
+
+    fn read(&mut self, name: String, shape: &[usize]) -> Result<HostTensor, LoadError> {
         let Some(entry) = self.left.remove(&name) else {
             return Err(LoadError::MissingTensor { name, expected: shape.to_vec() });
         };
@@ -116,7 +136,6 @@ impl Weights {
         let mut bytes = vec![0; entry.bytes];
         let (path, file) = &self.files[entry.file];
         file.read_exact_at(&mut bytes, entry.start).map_err(LoadError::io(path))?;
-        (self.on_read)(entry.bytes as u64);
         Ok(HostTensor::new(dtype, entry.shape, bytes))
     }
 

@@ -28,6 +28,11 @@ impl HostTensor {
         &self.shape
     }
 
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Rows and columns of a matrix.
     pub(super) fn dims2(&self) -> (usize, usize) {
         match self.shape[..] {

@@ -24,14 +24,17 @@ pub mod reference;
 mod rotary;
 #[cfg(test)]
 mod testing;
+mod threads;
 
 pub use backend::{Backend, BackendError};
+pub use cpu::Machine;
 pub use experts::{Experts, ExpertsBuilder, FeedForward, HostFfn, HostLinear};
 pub use host::HostTensor;
 pub use kv::{KvCache, KvShape, Segment, StepLayout, attention};
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
 pub use rotary::Rotary;
+pub use threads::{ThreadsError, use_threads};
 
 use candle_core::{DType, Result, Tensor};
 

@@ -1,6 +1,7 @@
-//! `--dtype` and `--device` as typed, before the machine and the checkpoint are looked at.
+//! `--dtype`, `--device` and `--threads` as typed, before the machine and the checkpoint are looked at.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 /// Element type that weights are kept in.
@@ -80,6 +81,37 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
+/// How many threads compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Threads(NonZeroUsize);
+
+impl Threads {
+    /// More than any machine has cores: a slip of the finger.
+    const MAX: usize = 4096;
+
+    /// The number.
+    pub fn get(self) -> usize {
+        self.0.get()
+    }
+}
+
+impl FromStr for Threads {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let number = s.parse().ok().filter(|n: &NonZeroUsize| n.get() <= Self::MAX);
+        number.map(Self).ok_or_else(|| {
+            format!("must be a whole number from 1 to {}; leave it out for one thread per core", Self::MAX)
+        })
+    }
+}
+
+impl fmt::Display for Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,5 +128,13 @@ mod tests {
         assert!("int8".parse::<DtypeChoice>().unwrap_err().contains("bf16"));
         assert!("cuda:x".parse::<DeviceChoice>().unwrap_err().contains("cuda:0"));
         assert!("tpu".parse::<DeviceChoice>().unwrap_err().contains("cpu"));
+    }
+
+    #[test]
+    fn threads_are_at_least_one() {
+        assert_eq!("3".parse::<Threads>().unwrap().get(), 3);
+        for s in ["0", "-1", "two", "5000", ""] {
+            assert!(s.parse::<Threads>().unwrap_err().contains("from 1 to 4096"), "{s}");
+        }
     }
 }

@@ -9,7 +9,7 @@ mod shape;
 mod work;
 
 pub use budget::BudgetState;
-pub use choice::{DeviceChoice, DtypeChoice};
+pub use choice::{DeviceChoice, DtypeChoice, Threads};
 pub use request::{
     FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX, PromptScoring, SamplingParams,
     Usage,

@@ -3,6 +3,7 @@
 mod async_openai;
 mod bad_input;
 mod batch_aware;
+mod bench_cli;
 mod binary;
 mod budget;
 mod calibrate;

@@ -69,6 +69,25 @@ fn every_calibration_command_has_known_flags_and_the_one_on_the_bundled_text_run
 }
 
 #[test]
+fn every_speed_command_has_known_flags_and_the_one_on_the_bundled_checkpoint_runs() {
+    let binary = env!("CARGO_BIN_EXE_moe-bench");
+    let found = all_arguments(README, "moe-bench");
+    let help = help(binary, &["--help"]);
+    let mut ran = 0;
+    for words in &found {
+        check(words, &help);
+        if words.contains(&"models/stories".to_string()) {
+            let mut command = Command::new(binary);
+            command.current_dir(repo("")).args(words).args(["--repeat", "1", "--no-roofline"]);
+            let done = command.output().unwrap();
+            assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+            ran += 1;
+        }
+    }
+    assert!(found.len() >= 3 && ran == 1, "{found:?}");
+}
+
+#[test]
 fn every_training_command_has_known_flags_and_the_one_on_generated_text_runs() {
     let binary = env!("CARGO_BIN_EXE_moe-train");
     let found = all_arguments(README, "moe-train");

@@ -19,6 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("plot", &[]),
     ("eval", &["engine", "model", "moe", "ops", "plot"]),
     ("calibrate", &["engine", "eval", "model", "moe", "ops"]),
+    ("bench", &["engine", "model", "moe", "ops", "plot"]),
     ("train", &["moe", "ops", "plot"]),
     ("http", &["chat", "engine", "telemetry", "wire"]),
 ];

@@ -8,6 +8,7 @@ mod experts;
 pub(super) mod gemm;
 mod isa;
 mod kernel;
+mod machine;
 mod math;
 mod norm;
 mod pack;
@@ -17,6 +18,7 @@ pub(super) mod train;
 pub(super) use attention::KvStore;
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
+pub use machine::Machine;
 pub(super) use norm::{layer_norm, rms_norm, rotate};
 pub(super) use pack::PackedMatrix;
 

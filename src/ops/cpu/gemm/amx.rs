@@ -91,6 +91,43 @@ impl Tiles {
         Self { thread: PhantomData }
     }
 
+    /// `rounds` times six products of tiles of ones into six others, with nothing read from memory; their FLOPs.
+    pub(super) fn spin(&self, rounds: usize) -> u64 {
+        /// Of 16 rows by 32 positions by 16 columns.
+        const FLOPS: u64 = 2 * 16 * 32 * 16;
+        static ONE: [u16; 32] = [0x3F80; 32];
+        // No round would be a very long loop.
+        let rounds = rounds.max(1);
+        // SAFETY: the tiles are configured; every line of both is the same 64 bytes. The compiler itself never uses tile
+        // registers.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tileloadd tmm6, [{ones} + {stride}]",
+                "tileloadd tmm7, [{ones} + {stride}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm6, tmm7",
+                "tdpbf16ps tmm1, tmm6, tmm7",
+                "tdpbf16ps tmm2, tmm6, tmm7",
+                "tdpbf16ps tmm3, tmm6, tmm7",
+                "tdpbf16ps tmm4, tmm6, tmm7",
+                "tdpbf16ps tmm5, tmm6, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                ones = in(reg) ONE.as_ptr(),
+                stride = in(reg) 0usize,
+                rounds = inout(reg) rounds => _,
+                options(nostack),
+            );
+        }
+        rounds as u64 * 6 * FLOPS
+    }
+
     /// The product `[32, 32]` of two panels of `depth` pairs of tiles into `c`, or added to it. The rows of `c` start
     /// `c_stride` elements after each other.
     ///

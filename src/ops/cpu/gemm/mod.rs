@@ -51,6 +51,13 @@ pub fn has_amx() -> bool {
     false
 }
 
+/// Multiplies tiles that stay in registers, `rounds` times as many as keep the unit busy, on this thread; the FLOPs of
+/// that. For measuring how fast the unit is, where there [is one](has_amx).
+#[cfg(target_arch = "x86_64")]
+pub(super) fn multiply_tiles(rounds: usize) -> u64 {
+    amx::Tiles::configure().spin(rounds)
+}
+
 /// How a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kernel {
