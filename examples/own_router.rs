@@ -74,7 +74,7 @@ impl Router for Tapered {
 
 /// Puts the policy that `make` makes into the checkpoint, and gives the experts per token on the sample text.
 fn run(make: impl FnOnce(&MoeShape) -> Result<Policy>) -> Result<f64> {
-    let options = LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Auto, max_model_len: None };
+    let options = LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Auto, ..Default::default() };
     let opened = Found::find(None, &HubOptions::from_env())?.load(&options)?;
     let shape = opened.loaded.model.shape().clone();
     let policy = make(&shape.moe)?;

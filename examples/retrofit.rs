@@ -22,7 +22,7 @@ fn main() -> Result<()> {
 
     // A hub id or a directory; without one, the checkpoint that comes with the source.
     let found = Found::find(args.next().as_deref(), &HubOptions::from_env())?;
-    let options = LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Auto, max_model_len: None };
+    let options = LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Auto, ..Default::default() };
     // Requests may name a router of their own: that is how the same engine answers natively as well.
     let config = EngineConfig {
         request_routers: Some(RequestRouters::default()),

@@ -5,7 +5,7 @@ use crate::engine::{calibrations, default_name};
 use crate::model::hub::{HubOptions, bar_style, resolve, resolve_config};
 use crate::model::{LoadError, LoadOptions, Loaded, Source, load_from};
 use crate::moe::calibration::Calibrations;
-use crate::types::{DeviceChoice, DtypeChoice};
+use crate::types::{DeviceChoice, DtypeChoice, Quantization};
 use indicatif::{MultiProgress, ProgressBar};
 use std::path::Path;
 use std::time::Instant;
@@ -35,14 +35,14 @@ pub struct Opened {
 pub fn open(
     subject: &Subject,
     hub: &HubOptions,
-    (dtype, device): (DtypeChoice, DeviceChoice),
+    (dtype, device, quantization): (DtypeChoice, DeviceChoice, Quantization),
     layers: Option<usize>,
     settings: &Settings,
 ) -> Result<Opened, BenchError> {
     settings.tests()?;
     let bars = MultiProgress::new();
     let len = settings.prompt_max().max(settings.decode_positions());
-    let options = LoadOptions { dtype, device, max_model_len: Some(len) };
+    let options = LoadOptions { dtype, device, quantization, max_model_len: Some(len) };
     let load = |source: Source<'_>| -> Result<(Loaded, f64), BenchError> {
         let started = Instant::now();
         let bar = bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));

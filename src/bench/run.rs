@@ -42,7 +42,7 @@ pub fn run(opened: &Opened, settings: &Settings, mut on_progress: impl FnMut(&st
         model: opened.name.clone(),
         random_weights: opened.random_weights,
         layers: shape.layers.len(),
-        dtype: format!("{:?}", backend.dtype()).to_lowercase(),
+        dtype: backend.describe_weights(),
         device: backend.describe(),
         threads: rayon::current_num_threads(),
         load_s: opened.load_s,

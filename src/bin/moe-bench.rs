@@ -6,7 +6,7 @@ use moe_serve::bench::{Settings, Subject, open, routers, run};
 use moe_serve::model::hub::HubOptions;
 use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec, Threads};
+use moe_serve::types::{DeviceChoice, DtypeChoice, Quantization, RouterSpec, Threads};
 use std::process::ExitCode;
 
 /// Measure how fast a model runs here: prompts and decoding with one router or several, beside what the machine's memory
@@ -43,6 +43,9 @@ struct Cli {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
+    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    #[arg(long, default_value = "none", value_name = "FORMAT")]
+    quant: Quantization,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -114,7 +117,7 @@ fn bench(cli: &Cli) -> Result<()> {
         (Some(model), _) => Subject::Model(model.clone()),
         (None, config) => Subject::RandomWeights(config.clone().unwrap_or_default()),
     };
-    let opened = open(&subject, &hub, (cli.dtype, cli.device), cli.layers, &settings)?;
+    let opened = open(&subject, &hub, (cli.dtype, cli.device, cli.quant), cli.layers, &settings)?;
     let report = run(&opened, &settings, |doing| eprintln!("{doing}"))?;
     println!("{report}");
     println!("{}", serde_json::to_string(&report)?);

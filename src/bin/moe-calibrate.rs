@@ -8,7 +8,7 @@ use moe_serve::model::LoadOptions;
 use moe_serve::model::hub::HubOptions;
 use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, Threads};
+use moe_serve::types::{DeviceChoice, DtypeChoice, Quantization, Threads};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,6 +26,9 @@ struct Cli {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
+    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    #[arg(long, default_value = "none", value_name = "FORMAT")]
+    quant: Quantization,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -99,7 +102,7 @@ fn run(cli: &Cli) -> Result<()> {
     let sources = if cli.data.is_empty() { vec![bundled()] } else { read(&cli.data)? };
     let mut hub = HubOptions { revision: cli.revision.clone(), ..HubOptions::from_env() };
     hub.offline |= cli.offline;
-    let options = LoadOptions { dtype: cli.dtype, device: cli.device, max_model_len: None };
+    let options = LoadOptions { dtype: cli.dtype, device: cli.device, max_model_len: None, quantization: cli.quant };
     let opened = Found::find(cli.model.as_deref(), &hub)?.load(&options)?;
     let outcome = calibrate(opened, &sources, &settings, &cli.out)?;
     print!("{}", correlations(&outcome.correlations));

@@ -21,7 +21,7 @@ use moe_serve::moe::calibration::Calibrations;
 use moe_serve::moe::router::{ROUTERS, find, sweep};
 use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, RouterSpec, Threads, hex};
+use moe_serve::types::{DeviceChoice, DtypeChoice, MoeShape, Quantization, RouterSpec, Threads, hex};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -59,6 +59,9 @@ struct ModelArgs {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
+    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    #[arg(long, default_value = "none", value_name = "FORMAT")]
+    quant: Quantization,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -249,7 +252,12 @@ fn hub_options(args: &ModelArgs) -> HubOptions {
 
 /// Loads the model and starts an engine that runs up to `workers` sequences and lets requests choose any router.
 fn launch(args: &ModelArgs, workers: usize, profile: bool) -> Result<Launched> {
-    let options = LoadOptions { dtype: args.dtype, device: args.device, max_model_len: args.max_model_len };
+    let options = LoadOptions {
+        dtype: args.dtype,
+        device: args.device,
+        max_model_len: args.max_model_len,
+        quantization: args.quant,
+    };
     let config = EngineConfig {
         max_num_seqs: workers,
         max_batched_tokens: args.batch_tokens as usize,

@@ -12,7 +12,7 @@ use moe_serve::model::{FAMILIES, LoadOptions};
 use moe_serve::moe::router::{ESTIMATORS, ROUTERS, find};
 use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
-use moe_serve::types::{DeviceChoice, DtypeChoice, RouterSpec, Threads};
+use moe_serve::types::{DeviceChoice, DtypeChoice, Quantization, RouterSpec, Threads};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,6 +46,9 @@ struct Args {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
+    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    #[arg(long, default_value = "none", value_name = "FORMAT")]
+    quant: Quantization,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -304,7 +307,12 @@ fn build(args: &Args) -> Result<(Engine, Option<ChatTemplates>)> {
     if let Some(name) = &args.served_model_name {
         found.name.clone_from(name);
     }
-    let options = LoadOptions { dtype: args.dtype, device: args.device, max_model_len: args.max_model_len };
+    let options = LoadOptions {
+        dtype: args.dtype,
+        device: args.device,
+        max_model_len: args.max_model_len,
+        quantization: args.quant,
+    };
     let config = EngineConfig {
         max_num_seqs: args.max_num_seqs as usize,
         max_batched_tokens: args.max_batched_tokens as usize,

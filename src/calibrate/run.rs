@@ -148,7 +148,7 @@ fn key(calibration: &Calibration, opened: &Opened, windows: &Windows) -> String 
     let device = backend.describe();
     let device = device.split([' ', '(']).next().unwrap_or_default();
     let mut sha = Sha256::new();
-    sha.update(format!("{} {device} {:?}\n", env!("CARGO_PKG_VERSION"), backend.dtype()));
+    sha.update(format!("{} {device} {}\n", env!("CARGO_PKG_VERSION"), backend.describe_weights()));
     sha.update(&calibration.checkpoint);
     for window in &windows.calibration {
         sha.update(format!("{window:?}\n"));

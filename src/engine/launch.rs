@@ -118,7 +118,7 @@ impl Opened {
         let Self { name, files, loaded, text } = self;
         let shape = loaded.model.shape().clone();
         let backend = loaded.model.backend();
-        let dtype = format!("{:?}", backend.dtype()).to_lowercase();
+        let dtype = backend.describe_weights();
         let runs_on = format!("{} with {dtype} weights", backend.describe());
         let weight_bytes = loaded.model.bytes() as u64;
         let calibrations = calibrations(&files);

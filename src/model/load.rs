@@ -4,7 +4,7 @@ use super::config::{Config, cut_layers, max_positions, stored_dtype};
 use super::hub::Files;
 use super::{CausalLm, FAMILIES, LoadError, Loader, Weights};
 use crate::ops::Backend;
-use crate::types::{DeviceChoice, DtypeChoice, TokenId};
+use crate::types::{DeviceChoice, DtypeChoice, Quantization, TokenId};
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -15,6 +15,8 @@ pub struct LoadOptions {
     pub device: DeviceChoice,
     /// Longest sequence that will be run; without it the checkpoint's own limit, and at most 131,072.
     pub max_model_len: Option<usize>,
+    /// In what forms weights are kept.
+    pub quantization: Quantization,
 }
 
 /// A model and what else its files say.
@@ -102,6 +104,7 @@ pub fn load_from(
         on_progress(read, total);
     });
     let backend = Backend::select(options.device, options.dtype, weights.stored_dtype())?;
+    let backend = backend.quantized(options.quantization)?;
     let mut model = (family.build)(
         &mut config,
         &mut Loader { weights: &mut weights, backend: &backend, positions: max_model_len },

@@ -1,6 +1,7 @@
 //! Which device and dtype the model runs on.
 
-use crate::types::{DeviceChoice, DtypeChoice};
+use super::cpu::Packing;
+use crate::types::{DeviceChoice, DtypeChoice, Quantization};
 use candle_core::{DType, Device};
 
 /// A device and the dtype that weights are kept in.
@@ -8,6 +9,7 @@ use candle_core::{DType, Device};
 pub struct Backend {
     pub(super) device: Device,
     dtype: DType,
+    quantization: Quantization,
 }
 
 /// Why no backend fits the choices.
@@ -22,6 +24,8 @@ pub enum BackendError {
     NoDevice(DeviceChoice, String),
     #[error("the checkpoint stores its weights as {0:?}; supported are BF16, F16 and F32")]
     Stored(DType),
+    #[error("--quant {0}: weights are quantised on the CPU alone; on {1} use --quant none")]
+    Quantized(Quantization, String),
 }
 
 impl Backend {
@@ -37,12 +41,23 @@ impl Backend {
             (DtypeChoice::Auto, DType::BF16 | DType::F16 | DType::F32) => stored,
             (DtypeChoice::Auto, other) => return Err(BackendError::Stored(other)),
         };
-        Ok(Self { device: open(device)?, dtype })
+        Ok(Self { device: open(device)?, dtype, quantization: Quantization::default() })
     }
 
     /// The CPU with weights kept as `dtype`.
     pub fn cpu(dtype: DType) -> Self {
-        Self { device: Device::Cpu, dtype }
+        Self { device: Device::Cpu, dtype, quantization: Quantization::default() }
+    }
+
+    /// The same with weights kept in the forms of `quantization`.
+    ///
+    /// # Errors
+    /// Quantised weights on CUDA.
+    pub fn quantized(self, quantization: Quantization) -> Result<Self, BackendError> {
+        if quantization != Quantization::default() && !self.device.is_cpu() {
+            return Err(BackendError::Quantized(quantization, self.describe()));
+        }
+        Ok(Self { quantization, ..self })
     }
 
     /// Where tensors live.
@@ -53,6 +68,21 @@ impl Backend {
     /// What weights are kept in.
     pub fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// In what forms weights are kept.
+    pub fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
+    /// What routed experts are packed as.
+    pub(super) fn expert_packing(&self) -> Packing {
+        Packing { dtype: self.dtype, format: self.quantization.experts }
+    }
+
+    /// What all other projections are packed as.
+    pub(super) fn dense_packing(&self) -> Packing {
+        Packing { dtype: self.dtype, format: self.quantization.dense }
     }
 
     /// Bytes of memory the device has free, where that can be told.
@@ -67,7 +97,16 @@ impl Backend {
         Some(kib * 1024)
     }
 
-    /// `cpu (AVX-512, 2 threads)`, `cuda:0`.
+    /// What weights are kept in: `bf16`, `bf16, quantised to q8_0`.
+    pub fn describe_weights(&self) -> String {
+        let dtype = format!("{:?}", self.dtype).to_lowercase();
+        if self.quantization == Quantization::default() {
+            return dtype;
+        }
+        format!("{dtype}, quantised to {}", self.quantization)
+    }
+
+    /// `cpu (AMX, 2 threads)`, `cuda:0`.
     pub fn describe(&self) -> String {
         match self.device.location() {
             candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),

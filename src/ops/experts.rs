@@ -53,7 +53,8 @@ impl FeedForward {
     /// # Errors
     /// A gate that the activation does not have, or the lack of one.
     pub fn new(net: &HostFfn, activation: Activation, backend: &Backend) -> Result<Self> {
-        let mut builder = ExpertsBuilder::new(1, activation, backend);
+        let packing = backend.dense_packing();
+        let mut builder = ExpertsBuilder { packing, ..ExpertsBuilder::new(1, activation, backend) };
         builder.push(net)?;
         Ok(Self { experts: builder.finish()? })
     }
@@ -110,6 +111,8 @@ impl Experts {
 pub struct ExpertsBuilder {
     inner: BuilderInner,
     activation: Activation,
+    packing: cpu::Packing,
+    #[cfg(feature = "cuda")]
     backend: Backend,
 }
 
@@ -125,9 +128,15 @@ impl ExpertsBuilder {
         #[cfg(feature = "cuda")]
         if backend.device.is_cuda() {
             let inner = BuilderInner::Cuda(super::cuda::NetsBuilder::new(experts, activation));
-            return Self { inner, activation, backend: backend.clone() };
+            return Self { inner, activation, packing: backend.expert_packing(), backend: backend.clone() };
         }
-        Self { inner: BuilderInner::Cpu(Vec::with_capacity(experts)), activation, backend: backend.clone() }
+        Self {
+            inner: BuilderInner::Cpu(Vec::with_capacity(experts)),
+            activation,
+            packing: backend.expert_packing(),
+            #[cfg(feature = "cuda")]
+            backend: backend.clone(),
+        }
     }
 
     /// The next expert.
@@ -140,7 +149,7 @@ impl ExpertsBuilder {
         }
         match &mut self.inner {
             BuilderInner::Cpu(experts) => {
-                experts.push(cpu::PackedFfn::pack(net, self.activation, self.backend.dtype()));
+                experts.push(cpu::PackedFfn::pack(net, self.activation, self.packing));
                 Ok(())
             }
             #[cfg(feature = "cuda")]

@@ -21,23 +21,29 @@ enum Weight {
 impl Linear {
     /// W is `[O, I]`, b is `[O]`.
     pub fn new(weight: &HostTensor, bias: Option<&HostTensor>, backend: &Backend) -> Result<Self> {
-        Self::with_dtype(weight, bias, backend, backend.dtype())
+        Self::with_packing(weight, bias, backend, backend.dense_packing())
     }
 
     /// Like [`Self::new`] in f32 whatever the backend's dtype: for gates, whose choices must not hang on rounding.
     pub fn full_precision(weight: &HostTensor, backend: &Backend) -> Result<Self> {
-        Self::with_dtype(weight, None, backend, DType::F32)
+        Self::with_packing(weight, None, backend, DType::F32.into())
     }
 
-    fn with_dtype(weight: &HostTensor, bias: Option<&HostTensor>, backend: &Backend, dtype: DType) -> Result<Self> {
+    fn with_packing(
+        weight: &HostTensor,
+        bias: Option<&HostTensor>,
+        backend: &Backend,
+        packing: cpu::Packing,
+    ) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if backend.device.is_cuda() {
+            let dtype = packing.dtype;
             let bias = bias.map(|b| b.to_tensor(dtype, &backend.device)).transpose()?;
             let weight = Weight::Cuda(super::cuda::Dense::new(weight.to_tensor(dtype, &backend.device)?));
             return Ok(Self { weight, bias });
         }
         let bias = bias.map(|b| b.to_tensor(DType::F32, &backend.device)).transpose()?;
-        Ok(Self { weight: Weight::Cpu(cpu::PackedMatrix::pack(weight, dtype)), bias })
+        Ok(Self { weight: Weight::Cpu(cpu::PackedMatrix::pack(weight, packing)), bias })
     }
 
     /// `x [T, I] → [T, O]`.

@@ -3,6 +3,7 @@
 
 mod budget;
 mod choice;
+mod quantization;
 mod request;
 mod router_spec;
 mod shape;
@@ -10,6 +11,7 @@ mod work;
 
 pub use budget::BudgetState;
 pub use choice::{DeviceChoice, DtypeChoice, Threads};
+pub use quantization::{Quantization, WeightFormat};
 pub use request::{
     FinishReason, GenerateRequest, GrammarSpec, LOGPROBS_MAX, LimitError, Limits, N_MAX, PromptScoring, SamplingParams,
     Usage,

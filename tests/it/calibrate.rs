@@ -19,7 +19,7 @@ const MODEL: &str = "models/stories";
 const DATA: &[&str] = &["eval/samples/text.txt", "README.md"];
 
 fn options() -> LoadOptions {
-    LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Cpu, max_model_len: None }
+    LoadOptions { dtype: DtypeChoice::Auto, device: DeviceChoice::Cpu, ..Default::default() }
 }
 
 fn found() -> Found {

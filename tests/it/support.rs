@@ -55,7 +55,7 @@ pub fn try_load(dir: &Path, dtype: DtypeChoice) -> Result<Loaded, LoadError> {
 }
 
 pub fn try_load_on(dir: &Path, dtype: DtypeChoice, device: DeviceChoice) -> Result<Loaded, LoadError> {
-    load(&files(dir), &LoadOptions { dtype, device, max_model_len: None }, |_, _| {})
+    load(&files(dir), &LoadOptions { dtype, device, ..Default::default() }, |_, _| {})
 }
 
 /// An engine for the checkpoint in `dir`, on the CPU.
@@ -202,7 +202,7 @@ fn load_template(source: String) -> Option<ChatTemplates> {
 impl Server {
     pub fn start(options: ServerOptions) -> Self {
         let files = bundled_files();
-        let load_options = LoadOptions { dtype: options.dtype, device: DeviceChoice::Cpu, max_model_len: None };
+        let load_options = LoadOptions { dtype: options.dtype, device: DeviceChoice::Cpu, ..Default::default() };
         let mut loaded = load(&files, &load_options, |_, _| {}).unwrap();
         if let Some(eos) = options.eos {
             loaded.eos = eos;

@@ -4,13 +4,13 @@
 use super::isa::multiversion;
 use super::kernel::{matmul, multiply};
 use super::math;
-use super::pack::{NR, PackedMatrix};
+use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{FLOPS_PER_COPY, Form, ROWS_PER_ITEM, RowBuffer, Rows};
 use super::{SharedOut, for_each, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
 use crate::types::Activation;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -31,7 +31,7 @@ pub(crate) struct PackedFfn {
 
 impl PackedFfn {
     /// `net` must have a gate iff the activation has one.
-    pub(crate) fn pack(net: &HostFfn, activation: Activation, dtype: DType) -> Self {
+    pub(crate) fn pack(net: &HostFfn, activation: Activation, packing: Packing) -> Self {
         let inner: Vec<_> = net.gate.iter().chain([&net.up]).collect();
         let width = net.up.weight.dims2().0;
         let weights: Vec<&HostTensor> = inner.iter().map(|linear| &linear.weight).collect();
@@ -44,9 +44,9 @@ impl PackedFfn {
             columns
         });
         Self {
-            inner: PackedMatrix::interleave(&weights, dtype),
+            inner: PackedMatrix::interleave(&weights, packing),
             inner_bias,
-            down: PackedMatrix::pack(&net.down.weight, dtype),
+            down: PackedMatrix::pack(&net.down.weight, packing),
             down_bias: net.down.bias.as_ref().map(HostTensor::to_f32),
             activation,
             width,

@@ -11,12 +11,15 @@ mod amx;
 mod avx512;
 mod plain;
 
+use super::aligned::Aligned;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
+use super::quants::Quants;
 use super::rows::Rows;
 #[cfg(test)]
 use super::rows::{Form, RowBuffer};
 use super::{SharedOut, for_each};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Panels one work item takes.
@@ -85,8 +88,38 @@ unsafe fn multiply_on(isa: Isa, x: Rows<'_>, w: &PackedMatrix, panels: Range<usi
                 amx::multiply(x.bf16(), w[start..].as_ptr(), &tile, out);
             }
             Data::Bf16(w) => dispatch_bf16(x.bf16(), w[start..].as_ptr(), &tile, out),
+            Data::Quantised(w) => multiply_quantised(x.bf16(), (w, panels), &tile, out),
         }
     }
+}
+
+thread_local! {
+    /// A panel that was widened.
+    static WIDENED: Cell<Aligned<u32>> = Cell::new(Aligned::zeroed(0));
+}
+
+/// # Safety
+/// As [`multiply`].
+unsafe fn multiply_quantised(x: *const u16, (w, panels): (&Quants, Range<usize>), tile: &Tile, out: *mut f32) {
+    let mut widened = WIDENED.replace(Aligned::zeroed(0));
+    if widened.len() < tile.panel_len {
+        widened = Aligned::zeroed(tile.panel_len);
+    }
+    for (i, panel) in panels.enumerate() {
+        let words = &mut widened[..tile.panel_len];
+        w.widen(tile.isa, panel, words);
+        let tile = Tile { panels: 1, columns: (tile.columns - i * NR).min(NR), ..*tile };
+        // SAFETY: the panel is whole; the rest is the caller's word.
+        unsafe {
+            match tile.isa {
+                // What was widened is in the cache, where tiles are quicker for any number of rows.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Amx => amx::multiply(x, words.as_ptr(), &tile, out.add(i * NR)),
+                _ => dispatch_bf16(x, words.as_ptr(), &tile, out.add(i * NR)),
+            }
+        }
+    }
+    WIDENED.set(widened);
 }
 
 /// What one call of a kernel covers.

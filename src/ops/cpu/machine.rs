@@ -207,9 +207,9 @@ mod tests {
 
     #[test]
     fn sums_take_every_whole_chunk() {
-        let words: Vec<u64> = (0..96).collect();
+        let words: Vec<u64> = (0..256).collect();
         let mut all = 4;
         sum(&words, &mut all);
-        assert_eq!(all, 4 + 95 * 96 / 2);
+        assert_eq!(all, 4 + 255 * 256 / 2);
     }
 }

@@ -12,6 +12,7 @@ mod machine;
 mod math;
 mod norm;
 mod pack;
+mod quants;
 mod rows;
 pub(super) mod train;
 
@@ -20,7 +21,7 @@ pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
 pub use machine::Machine;
 pub(super) use norm::{layer_norm, rms_norm, rotate};
-pub(super) use pack::PackedMatrix;
+pub(super) use pack::{PackedMatrix, Packing};
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
 use rayon::prelude::*;

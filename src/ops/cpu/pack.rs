@@ -5,8 +5,10 @@
 //! kernel streams a panel front to back. The last panel is padded with zeros.
 
 use super::aligned::Aligned;
+use super::quants::{Bits, Quants};
 use super::rows::bf16_bits;
 use crate::ops::HostTensor;
+use crate::types::WeightFormat;
 use candle_core::DType;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -25,6 +27,21 @@ pub(crate) struct PackedMatrix {
     data: Data,
 }
 
+/// What a matrix is packed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Packing {
+    /// BF16, F16 or F32; where that narrows, to nearest even.
+    pub dtype: DType,
+    /// Instead of it, if it isn't plain.
+    pub format: WeightFormat,
+}
+
+impl From<DType> for Packing {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, format: WeightFormat::Plain }
+    }
+}
+
 #[derive(Debug)]
 pub(super) enum Data {
     /// `[panels, I, NR]`
@@ -33,23 +50,26 @@ pub(super) enum Data {
     Bf16(Aligned<u32>),
     /// `[panels, I, NR]`
     F16(Aligned<u16>),
+    Quantised(Quants),
 }
 
 impl PackedMatrix {
-    /// Packs a `[O, I]` matrix as `dtype` (BF16, F16, F32), rounding to nearest even where that narrows.
-    pub(crate) fn pack(weight: &HostTensor, dtype: DType) -> Self {
-        Self::interleave(&[weight], dtype)
+    /// Packs a `[O, I]` matrix.
+    pub(crate) fn pack(weight: &HostTensor, packing: Packing) -> Self {
+        Self::interleave(&[weight], packing)
     }
 
     /// Packs several matrices of one shape with their panels taking turns: panel 0 of each, panel 1 of each, …
-    pub(super) fn interleave(weights: &[&HostTensor], dtype: DType) -> Self {
+    pub(super) fn interleave(weights: &[&HostTensor], packing: Packing) -> Self {
         let (rows, inputs) = weights[0].dims2();
         let panels = rows.div_ceil(NR) * weights.len();
         // Interleaved panels are addressed as panels, so their padding counts.
         let outputs = if weights.len() == 1 { rows } else { panels * NR };
-        let data = match dtype {
-            DType::F32 => Data::F32(fill(panels, inputs * NR, weights, |x, at, out: &mut f32| *out = x[at])),
-            DType::F16 => Data::F16(fill(panels, inputs * NR, weights, |x, at, out: &mut u16| {
+        let data = match (packing.format, packing.dtype) {
+            (WeightFormat::Q8_0, _) => Data::Quantised(Quants::interleave(weights, Bits::Eight)),
+            (WeightFormat::Q4_0, _) => Data::Quantised(Quants::interleave(weights, Bits::Four)),
+            (_, DType::F32) => Data::F32(fill(panels, inputs * NR, weights, |x, at, out: &mut f32| *out = x[at])),
+            (_, DType::F16) => Data::F16(fill(panels, inputs * NR, weights, |x, at, out: &mut u16| {
                 *out = f16::from_f32(x[at]).to_bits()
             })),
             _ => Data::Bf16(fill(panels, pairs(inputs) * NR, weights, |x, at, out: &mut u32| {
@@ -76,6 +96,7 @@ impl PackedMatrix {
             Data::F32(w) => w.len() * 4,
             Data::Bf16(w) => w.len() * 4,
             Data::F16(w) => w.len() * 2,
+            Data::Quantised(w) => w.bytes(),
         }
     }
 
@@ -83,20 +104,24 @@ impl PackedMatrix {
         &self.data
     }
 
-    /// Words of one panel.
+    /// Words of one panel, of quantised ones when widened.
     pub(super) fn panel_len(&self) -> usize {
         match self.data {
-            Data::Bf16(_) => pairs(self.inputs) * NR,
+            Data::Bf16(_) | Data::Quantised(_) => pairs(self.inputs) * NR,
             _ => self.inputs * NR,
         }
     }
 
     /// Row `o` of the matrix as f32, `[I]`.
     pub(super) fn unpack_row(&self, o: usize, out: &mut [f32]) {
+        if let Data::Quantised(w) = &self.data {
+            return w.unpack_row(o, out);
+        }
         let start = o / NR * self.panel_len() + o % NR;
         for (i, value) in out.iter_mut().enumerate() {
             *value = match &self.data {
                 Data::F32(w) => w[start + i * NR],
+                Data::Quantised(_) => unreachable!("returned above"),
                 Data::F16(w) => f16::from_bits(w[start + i * NR]).to_f32(),
                 Data::Bf16(w) => bf16::from_bits((w[start + i / 2 * NR] >> (16 * (i % 2))) as u16).to_f32(),
             };

@@ -19,7 +19,7 @@ impl Form {
     /// What products with `w` read.
     pub(super) fn of(w: &PackedMatrix) -> Self {
         match w.data() {
-            Data::Bf16(_) => Self::Bf16,
+            Data::Bf16(_) | Data::Quantised(_) => Self::Bf16,
             Data::F32(_) | Data::F16(_) => Self::F32,
         }
     }

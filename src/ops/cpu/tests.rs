@@ -217,7 +217,7 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
 fn packed_rows_come_back_as_they_were() {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let w = weights(1, 45, 37);
-        let packed = PackedMatrix::pack(&w, dtype);
+        let packed = PackedMatrix::pack(&w, dtype.into());
         let rows = host_f32(&embed(&[44, 0, 31, 32], &packed).unwrap()).unwrap();
         for (row, id) in rows.chunks_exact(37).zip([44, 0, 31, 32]) {
             assert_eq!(row, &w.to_f32()[id * 37..(id + 1) * 37]);
