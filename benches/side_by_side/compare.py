@@ -311,10 +311,10 @@ def machine() -> dict:
 
 
 def counts(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",") if word]
-    if any(number < 1 for number in numbers):
-        raise ValueError
-    return numbers
+    words = [word for word in text.split(",") if word]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text}: whole numbers from 1 are wanted, with commas between")
+    return [int(word) for word in words]
 
 
 def words_of(*allowed: str):
