@@ -24,6 +24,8 @@ pub fn run(opened: &Opened, settings: &Settings, mut on_progress: impl FnMut(&st
     let policies = settings.routers.iter().map(|spec| policy(spec, opened)).collect::<Result<Vec<_>, _>>()?;
     let tests = settings.tests()?;
     let mut steps = Steps::new(model, settings)?;
+    // What loading took: measuring the machine begins anew.
+    let loading_peak = peak_bytes();
     let machine = machine(backend, settings.roofline, &mut on_progress);
     let mut runs = Vec::new();
     let mut filled = false;
@@ -46,7 +48,7 @@ pub fn run(opened: &Opened, settings: &Settings, mut on_progress: impl FnMut(&st
         device: backend.describe(),
         threads: rayon::current_num_threads(),
         load_s: opened.load_s,
-        peak_rss_bytes: peak_bytes(),
+        peak_rss_bytes: peak_bytes().max(loading_peak),
         weight_bytes: model.bytes() as u64,
         kv_bytes: steps.kv_bytes(),
         read_bytes_per_s: machine.map(|machine| machine.read_bytes_per_s),
