@@ -207,7 +207,8 @@ impl<'a> Decode<'a> {
 /// Tokens of one tenant, decoded at `position`.
 fn decoded(batch: usize, position: usize) -> StepTokens {
     StepTokens {
-        token_t: (0..batch as u32).map(|i| 100 + i).collect(),
+        // Words, which do not choose the same experts.
+        token_t: (0..batch as u32).map(|i| 300 + 59 * i).collect(),
         position_t: vec![position as u32; batch],
         policy_t: vec![0; batch],
         tenant_t: vec![0; batch],
@@ -292,7 +293,6 @@ fn batch_aware_layer(c: &mut Criterion) {
     for batch in BATCHES {
         let logits: Vec<f32> = numbers(1, batch * e).iter().map(|z| z * 3.0).collect();
         let x = Tensor::from_vec(numbers(2, batch * d), (batch, d), &Device::Cpu).expect("a tensor");
-        let x = x.to_dtype(DType::BF16).expect("a tensor");
         let tokens = decoded(batch, 128);
         batch_aware(&mut group, batch, &shape, |policies| {
             let mut routes = RouteCtx::new(&shape, policies, &tokens);

@@ -266,7 +266,8 @@ fn run(mut core: Core, jobs: &Receiver<Job>) {
         while let Ok(job) = jobs.try_recv() {
             core.add(job);
         }
-        if catch_unwind(AssertUnwindSafe(|| core.step())).is_err() {
+        // On a thread of the pool: from outside, every parallel region of a step would cost two changes of threads.
+        if catch_unwind(AssertUnwindSafe(|| rayon::scope(|_| core.step()))).is_err() {
             tracing::error!("a step panicked: this is a bug; all running requests end with an error");
             core.reset();
         }

@@ -43,6 +43,11 @@ pub fn to_host(x: &Tensor) -> Result<Vec<f32>> {
     x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
+/// H(softmax(z)) in nats; NaN where a number is.
+pub fn softmax_entropy(z: &[f32]) -> f32 {
+    cpu::softmax_entropy(z)
+}
+
 /// Rows `rows` of `x`, `[T, D] → [rows, D]`.
 pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     let rows = Tensor::new(rows, x.device())?;

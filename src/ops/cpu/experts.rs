@@ -2,7 +2,7 @@
 //! token.
 
 use super::isa::multiversion;
-use super::kernel::{matmul, multiply};
+use super::kernel::{counted_rows, matmul, multiply};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{FLOPS_PER_COPY, Form, ROWS_PER_ITEM, RowBuffer, Rows};
@@ -185,7 +185,8 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
     with_f32(x, |x| {
         let buffer = (Form::of(&net.inner) == Form::Bf16).then(|| RowBuffer::rounded(x, d));
         let x = buffer.as_ref().map_or_else(|| Rows::of_f32(x, d), RowBuffer::rows);
-        for_each(net.hidden_panels(), net.hidden_flops(tokens, d), |panel| {
+        let rows = counted_rows(tokens, Form::of(&net.inner));
+        for_each(net.hidden_panels(), net.hidden_flops(rows, d), |panel| {
             // SAFETY: items write disjoint columns.
             unsafe { net.hidden(x, panel, &h, 0) };
         });
@@ -215,8 +216,10 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let gathered = RowBuffer::new(Form::of(&first.inner), rows, d);
     with_f32(x, |x| gather(x, routing, &gathered))?;
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
+    let counted: usize =
+        active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();
     let panels = first.hidden_panels();
-    for_each(active.len() * panels, first.hidden_flops(rows, d), |item| {
+    for_each(active.len() * panels, first.hidden_flops(counted, d), |item| {
         let (e, panel) = (active[item / panels], item % panels);
         let rows = routing.expert_rows(e);
         // SAFETY: items write disjoint columns of disjoint row blocks.
@@ -230,7 +233,7 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let out = SharedOut::new(&mut sums);
     let panels = d.div_ceil(NR);
     let at_once = (panels / (ITEMS_PER_THREAD * rayon::current_num_threads())).clamp(1, PANELS_MAX);
-    for_each(panels.div_ceil(at_once), 2 * rows * d * first.width, |item| {
+    for_each(panels.div_ceil(at_once), 2 * counted * d * first.width, |item| {
         let panels = item * at_once..panels.min((item + 1) * at_once);
         for &e in &active {
             let rows = routing.expert_rows(e);

@@ -15,9 +15,9 @@ use super::aligned::Aligned;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
 use super::quants::Quants;
-use super::rows::Rows;
 #[cfg(test)]
-use super::rows::{Form, RowBuffer};
+use super::rows::RowBuffer;
+use super::rows::{Form, Rows};
 use super::{SharedOut, for_each};
 use std::cell::Cell;
 use std::ops::Range;
@@ -31,12 +31,18 @@ pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
     assert_eq!(y.len(), rows * outputs);
     let panels = outputs.div_ceil(NR);
     let out = SharedOut::new(y);
-    for_each(panels.div_ceil(PANELS_PER_ITEM), 2 * rows * outputs * w.inputs(), |item| {
+    let flops = 2 * counted_rows(rows, Form::of(w)) * outputs * w.inputs();
+    for_each(panels.div_ceil(PANELS_PER_ITEM), flops, |item| {
         let first = item * PANELS_PER_ITEM;
         let last = panels.min(first + PANELS_PER_ITEM);
         // SAFETY: items write disjoint columns of every row.
         unsafe { multiply(x, w, first..last, out.from(first * NR), outputs) };
     });
+}
+
+/// As how many rows `rows` count where it is weighed whether threads are worth it: tiles take 16 as quickly as one.
+pub(super) fn counted_rows(rows: usize, form: Form) -> usize {
+    if form == Form::Bf16 && Isa::get() == Isa::Amx { rows.div_ceil(16) } else { rows }
 }
 
 /// [`matmul`] with the kernels of `isa`, on this thread.

@@ -65,6 +65,24 @@ pub(super) fn embed(ids: &[u32], w: &PackedMatrix) -> Result<Tensor> {
     Tensor::from_vec(y, (ids.len(), width), &Device::Cpu)
 }
 
+/// See [`crate::ops::softmax_entropy`].
+pub(super) fn softmax_entropy(z: &[f32]) -> f32 {
+    let mut entropy = 0.0;
+    entropy_of(z, &mut entropy);
+    entropy
+}
+
+isa::multiversion!(fn entropy_of(z: &[f32], entropy: &mut f32) = entropy_of_body);
+
+#[inline(always)]
+fn entropy_of_body(z: &[f32], entropy: &mut f32) {
+    let max = math::max(z);
+    // With w = e^(z − max) and s = Σw: H = log s − Σ w·(z − max) / s.
+    let sum = math::sum_by(z, z, |z, _| math::exp(z - max));
+    let weighted = math::sum_by(z, z, |z, _| math::exp(z - max) * (z - max));
+    *entropy = sum.ln() - weighted / sum;
+}
+
 /// Below this many FLOPs a parallel region costs more than it saves.
 const PARALLEL_FLOPS_MIN: usize = 1 << 20;
 

@@ -19,6 +19,7 @@ mod router_margin;
 mod surprisal;
 
 use super::{Signals, TokenGate};
+use crate::ops;
 
 /// A measure of how hard a token is.
 pub trait Estimator: Send + Sync {
@@ -100,15 +101,7 @@ fn entropy_share(probabilities: &[f32]) -> f32 {
 
 /// H(softmax(z)) / log n, for z of n values: in 0..=1, NaN where one is.
 fn softmax_entropy_share(z: &[f32]) -> f32 {
-    let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    // With w = e^(z − max) and s = Σw: H = log s − Σ w·(z − max) / s.
-    let (mut sum, mut weighted) = (0.0f32, 0.0f32);
-    for z in z {
-        let w = (z - max).exp();
-        sum += w;
-        weighted += w * (z - max);
-    }
-    (sum.ln() - weighted / sum) / (z.len().max(2) as f32).ln()
+    ops::softmax_entropy(z) / (z.len().max(2) as f32).ln()
 }
 
 /// pᵀ·G·q of the gate, G `[E, E]`.
