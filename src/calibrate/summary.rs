@@ -37,11 +37,11 @@ pub fn summary(outcome: &Outcome, model: Option<&str>, out: &Path) -> String {
         policy(&mut text, table, checked);
         let _ = writeln!(
             text,
-            "in force   {} of {}: mean k {:.3} and a share of {:.3} on the calibration text{}",
+            "in force   {} rules: mean k {:.3} and {:.3} of native routing's {} on the calibration text{}",
             table.held_out.winner,
-            table.scope,
             rung.mean_k,
             rung.cost,
+            scope(&table.scope),
             if table.lsq { ", outputs scaled (lsq)" } else { "" }
         );
         for (l, rule) in rung.rules.iter().enumerate() {

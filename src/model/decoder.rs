@@ -79,7 +79,7 @@ impl CausalLm {
     pub fn forward(&self, step: &StepInput<'_>, kv: &mut KvCache, routes: &mut RouteCtx<'_>) -> Result<Option<Tensor>> {
         let mut x = self.embedding.forward(step.tokens)?;
         if let Some(positions) = &self.positions {
-            x = (x + positions.forward(step.layout.positions())?)?;
+            x = ops::add(&x, &positions.forward(step.layout.positions())?)?;
         }
         for (i, layer) in self.layers.iter().enumerate() {
             let asked = routes.signals();
@@ -88,7 +88,7 @@ impl CausalLm {
                 (asked.attention_entropy && matches!(layer.ffn, Ffn::Moe(_))).then_some(&mut attention_entropy_t);
             x = timed(Part::Attention, i, || {
                 let normed = layer.attention_norm.forward(&x)?;
-                &x + self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?
+                ops::add(&x, &self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?)
             })?;
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
@@ -98,7 +98,7 @@ impl CausalLm {
                     moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_tm }, routes)?
                 }
             };
-            x = (x + out)?;
+            x = ops::add(&x, &out)?;
         }
         if step.logit_rows.is_empty() {
             return Ok(None);
@@ -148,7 +148,7 @@ impl CausalLm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
         if let Some(clip) = a.clip {
-            (q, k, v) = (q.clamp(-clip, clip)?, k.clamp(-clip, clip)?, v.clamp(-clip, clip)?);
+            (q, k, v) = (ops::clip(&q, clip)?, ops::clip(&k, clip)?, ops::clip(&v, clip)?);
         }
         if let Some(rotary) = &self.rotary {
             (q, k) = (rotary.forward(&q, layout)?, rotary.forward(&k, layout)?);

@@ -62,7 +62,7 @@ impl MoeLayer {
         let y = timed(Part::Experts, self.index, || self.experts.forward(x, &routing))?;
         let Some(shared) = &self.shared else { return Ok(y) };
         let gated = || ops::sigmoid_gated(&shared.net.forward(x)?, &shared.gate.forward(x)?);
-        y + timed(Part::Dense, self.index, gated)?
+        ops::add(&y, &timed(Part::Dense, self.index, gated)?)
     }
 
     fn gram(&self, experts: usize) -> Result<&[f32]> {

@@ -48,14 +48,13 @@ impl Linear {
 
     /// `x [T, I] → [T, O]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = match &self.weight {
-            Weight::Cpu(w) => cpu::linear(x, w)?,
+        match &self.weight {
+            Weight::Cpu(w) => cpu::linear(x, w, self.bias.as_ref()),
             #[cfg(feature = "cuda")]
-            Weight::Cuda(w) => w.forward(x)?,
-        };
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
+            Weight::Cuda(w) => match &self.bias {
+                Some(bias) => w.forward(x)?.broadcast_add(bias),
+                None => w.forward(x),
+            },
         }
     }
 

@@ -43,6 +43,16 @@ pub fn to_host(x: &Tensor) -> Result<Vec<f32>> {
     x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }
 
+/// `x + y`, of one shape.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { cpu::add(x, y) } else { x + y }
+}
+
+/// `x`, cut to `±limit`.
+pub fn clip(x: &Tensor, limit: f64) -> Result<Tensor> {
+    if x.device().is_cpu() { cpu::clamp(x, -limit as f32, limit as f32) } else { x.clamp(-limit, limit) }
+}
+
 /// H(softmax(z)) in nats; NaN where a number is.
 pub fn softmax_entropy(z: &[f32]) -> f32 {
     cpu::softmax_entropy(z)

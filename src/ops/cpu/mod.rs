@@ -4,6 +4,7 @@
 mod aligned;
 mod attention;
 mod attention_kernel;
+mod elementwise;
 mod experts;
 pub(super) mod gemm;
 mod isa;
@@ -17,6 +18,7 @@ mod rows;
 pub(super) mod train;
 
 pub(super) use attention::KvStore;
+pub(super) use elementwise::{add, clamp};
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
 pub use machine::Machine;
@@ -41,8 +43,8 @@ pub(super) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> 
     }
 }
 
-/// `x [T, I] → [T, O]`.
-pub(super) fn linear(x: &Tensor, w: &PackedMatrix) -> Result<Tensor> {
+/// `x [T, I] → [T, O]`, with `bias [O]` added where there is one.
+pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let (tokens, inputs) = x.dims2()?;
     if inputs != w.inputs() {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
@@ -52,6 +54,9 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix) -> Result<Tensor> {
         Form::F32 => kernel::matmul(Rows::of_f32(x, inputs), w, &mut y),
         Form::Bf16 => kernel::matmul(RowBuffer::rounded(x, inputs).rows(), w, &mut y),
     })?;
+    if let Some(bias) = bias {
+        with_f32(bias, |bias| elementwise::add_bias(&mut y, bias))?;
+    }
     Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
 }
 

@@ -214,6 +214,25 @@ fn norms_agree_with_the_reference_on_rows_and_heads() {
 }
 
 #[test]
+fn elementwise_arithmetic_is_that_of_every_element_however_many_there_are() {
+    for (rows, width) in [(1, 3), (7, 40), (300, 1000)] {
+        let (x, y) = (exact(1, rows * width), exact(2, rows * width));
+        let sum = crate::ops::add(&tensor(x.clone(), rows), &tensor(y.clone(), rows)).unwrap();
+        assert!(host_f32(&sum).unwrap().into_iter().eq(x.iter().zip(&y).map(|(x, y)| x + y)));
+        let clipped = crate::ops::clip(&tensor(x.clone(), rows), 0.25).unwrap();
+        assert!(host_f32(&clipped).unwrap().into_iter().eq(x.iter().map(|x| x.clamp(-0.25, 0.25))));
+        let (w, bias) = (weights(3, 50, width), HostTensor::from_f32(&[50], &exact(4, 50)));
+        let backend = Backend::cpu(DType::F32);
+        let [with, without] = [Some(&bias), None].map(|bias| {
+            host_f32(&Linear::new(&w, bias, &backend).unwrap().forward(&tensor(x.clone(), rows)).unwrap()).unwrap()
+        });
+        let bias = bias.to_f32();
+        assert!(with.into_iter().eq(without.iter().zip(bias.iter().cycle()).map(|(y, b)| y + b)));
+    }
+    assert!(crate::ops::add(&tensor(vec![0.0; 6], 2), &tensor(vec![0.0; 6], 3)).is_err());
+}
+
+#[test]
 fn packed_rows_come_back_as_they_were() {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let w = weights(1, 45, 37);
