@@ -240,11 +240,12 @@ impl Core {
             }
         }
         if !plan.chunks.is_empty() {
-            let profiler = self.profile.then(|| Profiler::start(Some(self.model.backend().device())));
+            let profiler = match self.profile {
+                true => Profiler::start(Some(self.model.backend().device())),
+                false => Profiler::off(),
+            };
             let computed = self.compute(&plan);
-            if let Some(profiler) = profiler {
-                self.metrics.profiled(&profiler.finish());
-            }
+            self.metrics.profiled(&profiler.finish());
             match computed {
                 Ok(()) => self.metrics.step(started.elapsed()),
                 Err(error) => {

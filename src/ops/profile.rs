@@ -51,9 +51,12 @@ impl Part {
 }
 
 /// Times the parts of what this thread does from its start to its finish. Dropping it unfinished forgets them.
-#[derive(Debug)]
+///
+/// Profilers nest, and only the innermost one times: a thread of the pool that waits for its own work may meanwhile take
+/// up another engine's step.
 pub struct Profiler {
     started: Instant,
+    outer: Option<Recorder>,
 }
 
 /// What was timed.
@@ -79,8 +82,13 @@ impl Profiler {
     /// part: times are then true, and the whole takes longer.
     pub fn start(device: Option<&Device>) -> Self {
         let device = device.filter(|d| !d.is_cpu()).cloned();
-        CURRENT.set(Some(Recorder { device, parts: BTreeMap::new() }));
-        Self { started: Instant::now() }
+        let outer = CURRENT.replace(Some(Recorder { device, parts: BTreeMap::new() }));
+        Self { started: Instant::now(), outer }
+    }
+
+    /// Times nothing, and keeps what follows from any profiler around it.
+    pub fn off() -> Self {
+        Self { started: Instant::now(), outer: CURRENT.take() }
     }
 
     /// What was timed.
@@ -92,7 +100,7 @@ impl Profiler {
 
 impl Drop for Profiler {
     fn drop(&mut self) {
-        CURRENT.set(None);
+        CURRENT.set(self.outer.take());
     }
 }
 
@@ -137,5 +145,20 @@ mod tests {
         assert!(profile.seconds(Part::Experts) >= 0.004 && profile.wall >= Duration::from_millis(4));
         timed(Part::Experts, 0, || ());
         assert_eq!(Profiler::start(None).finish().parts.len(), 0);
+    }
+
+    #[test]
+    fn a_profiler_within_another_takes_nothing_from_it_and_gives_it_nothing() {
+        let profiler = Profiler::start(None);
+        timed(Part::Attention, 0, || {
+            let inner = Profiler::start(None);
+            timed(Part::Experts, 3, || ());
+            assert_eq!(inner.finish().parts.keys().collect::<Vec<_>>(), [&(Part::Experts, 3)]);
+            let off = Profiler::off();
+            timed(Part::Dense, 0, || ());
+            assert!(off.finish().parts.is_empty());
+            drop(Profiler::off());
+        });
+        assert_eq!(profiler.finish().parts.keys().collect::<Vec<_>>(), [&(Part::Attention, 0)]);
     }
 }
