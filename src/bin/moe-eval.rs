@@ -339,7 +339,7 @@ fn connect(args: &EvalArgs, url: &str) -> Result<Opened> {
 
 fn eval(args: &EvalArgs) -> Result<()> {
     // What can be wrong without a model is found before it is loaded.
-    let routers = arrangements(&args.router)?;
+    let mut routers = arrangements(&args.router)?;
     let place = match &args.data_dir {
         Some(dir) => Place::Directory(dir.clone()),
         None => Place::Hub(hub_options(&args.model)),
@@ -348,7 +348,9 @@ fn eval(args: &EvalArgs) -> Result<()> {
     let material = read(&args.tasks, &source, &suite_options(args))?;
     let opened = open(args)?;
     if let (Some(moe), Some(files)) = (&opened.moe, &opened.calibrations) {
-        routers.iter().try_for_each(|r| Policy::build_with(&r.spec, moe, files).map(drop))?;
+        for router in &mut routers {
+            router.weights = Policy::build_with(&router.spec, moe, files)?.weight_options();
+        }
     }
     let tasks = material.into_iter().map(|m| m.encode(&*opened.lm)).collect::<Result<Vec<_>, _>>()?;
     let log = log(args, &opened, &tasks)?;
@@ -413,7 +415,7 @@ fn arrangements(specs: &[RouterSpec]) -> Result<Vec<Arrangement>> {
         let dynamic = find(spec)?.dynamic;
         for spec in sweep(spec)? {
             if found.iter().all(|known| known.spec != spec) {
-                found.push(Arrangement { spec, dynamic });
+                found.push(Arrangement { spec, dynamic, weights: Vec::new() });
             }
         }
     }

@@ -26,6 +26,8 @@ pub struct Arrangement {
     pub spec: RouterSpec,
     /// Whether how many experts it takes depends on the token: such a router has a static control.
     pub dynamic: bool,
+    /// Options that give its control the same weights.
+    pub weights: Vec<(String, String)>,
 }
 
 /// Name of the arm that routes natively.
@@ -60,9 +62,9 @@ pub fn evaluate(
         let mut legs: Vec<Leg> = Vec::new();
         for leg in first_legs(plan) {
             run(runner, task, &leg, plan, &mut on_result)?;
-            let control = match plan.moe.as_ref().filter(|_| plan.compare_static && is_dynamic(plan, &leg)) {
-                Some(moe) => control(runner, task, &leg, moe),
-                None => None,
+            let control = match (&plan.moe, dynamic(plan, &leg)) {
+                (Some(moe), Some(router)) if plan.compare_static => control(runner, task, (&leg, router), moe),
+                _ => None,
             };
             legs.push(leg);
             if let Some(control) = control {
@@ -117,27 +119,23 @@ fn first_legs(plan: &Plan) -> Vec<Leg> {
     legs
 }
 
-fn is_dynamic(plan: &Plan, leg: &Leg) -> bool {
-    plan.routers.iter().any(|r| r.dynamic && r.spec.to_string() == leg.label)
+fn dynamic<'a>(plan: &'a Plan, leg: &Leg) -> Option<&'a Arrangement> {
+    plan.routers.iter().find(|r| r.dynamic && r.spec.to_string() == leg.label)
 }
 
 /// Static routing at the mean k that `leg` had on `task`, under the same rule of weights; none for a model without
 /// mixtures.
-fn control(runner: &Runner<'_>, task: &Task, leg: &Leg, moe: &MoeShape) -> Option<Leg> {
+fn control(runner: &Runner<'_>, task: &Task, (leg, router): (&Leg, &Arrangement), moe: &MoeShape) -> Option<Leg> {
     if moe.layers == 0 {
         return None;
     }
     let log = runner.log();
     let own = outcomes(&log, task, &leg.label);
     let mean_k = routed(&own)?.mean_k();
-    let Routes::One(Some(spec)) = &leg.routes else { return None };
-    let scaled = spec.options.iter().any(|(name, value)| (name.as_str(), value.as_str()) == ("weights", "lsq"));
-    let of_weights = |(name, _): &&(String, String)| name == "weights" || (name == "cal" && scaled);
-    let weights: Vec<(String, String)> = spec.options.iter().filter(of_weights).cloned().collect();
     let role = Role::Control { of: leg.label.clone() };
     // What the control generates is not known yet: about as much as its router did.
     let tokens: Vec<u64> = own.iter().map(|o| o.routed.as_ref().map_or(0, |r| r.tokens)).collect();
-    let routes = static_mix(mean_k, moe, &weights, &tokens);
+    let routes = static_mix(mean_k, moe, &router.weights, &tokens);
     Some(Leg { label: format!("static control of {}", leg.label), role, routes })
 }
 

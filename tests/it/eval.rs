@@ -28,7 +28,11 @@ pub fn own_router() -> Plan {
 }
 
 fn against_static(routers: &[&str], moe: MoeShape) -> Plan {
-    let dynamic = |spec: &&str| Arrangement { spec: spec.parse().unwrap(), dynamic: spec.starts_with("dynk") };
+    let dynamic = |spec: &&str| Arrangement {
+        spec: spec.parse().unwrap(),
+        dynamic: spec.starts_with("dynk"),
+        weights: Vec::new(),
+    };
     let routers = routers.iter().map(dynamic).collect();
     Plan { routers, compare_static: true, moe: Some(moe), ..own_router() }
 }
@@ -247,7 +251,10 @@ fn answers_over_http_are_those_in_process() {
     let text = Text::read(&bundled_files().tokenizer, 4096).unwrap();
     let http = Http::connect(options, text).unwrap();
     for router in [None, Some("dynk:0.65")] {
-        let routers = router.iter().map(|r| Arrangement { spec: r.parse().unwrap(), dynamic: true }).collect();
+        let routers = router
+            .iter()
+            .map(|r| Arrangement { spec: r.parse().unwrap(), dynamic: true, weights: Vec::new() })
+            .collect();
         let plan = Plan { routers, ..own_router() };
         let run = |lm: &dyn Lm| {
             let folder = tempfile::tempdir().unwrap();
@@ -284,7 +291,7 @@ fn a_server_that_fails_ends_the_run_and_is_no_wrong_answer() {
     let http = Http::connect(options(&format!("{}/v1/", server.url), "stories"), text()).unwrap();
     let tasks = suite(&http, &["astronomy"]);
     // A router that the server refuses, before and after others that it takes.
-    let refused = Arrangement { spec: "nonsense".parse().unwrap(), dynamic: false };
+    let refused = Arrangement { spec: "nonsense".parse().unwrap(), dynamic: false, weights: Vec::new() };
     let folder = tempfile::tempdir().unwrap();
     let runner = samples(&http, folder.path());
     let plan = Plan { routers: vec![refused], ..own_router() };

@@ -16,8 +16,8 @@ pub struct SpecArgs<'a> {
     known: Vec<&'static str>,
     /// The files that may be named; none in what a request asks for.
     files: Option<&'a Calibrations>,
-    /// The file that was read.
-    calibration: Option<Arc<Calibration>>,
+    /// The file that was read, and where.
+    calibration: Option<(String, Arc<Calibration>)>,
     /// How outputs are weighed unless the specification says otherwise.
     pub(super) weights: Weights,
 }
@@ -61,20 +61,30 @@ impl<'a> SpecArgs<'a> {
         if let Some(path) = self.take("cal") {
             self.open(&path, shape)?;
         }
-        Ok(self.calibration.clone())
+        Ok(self.calibration.as_ref().map(|(_, calibration)| calibration.clone()))
     }
 
     /// The calibration that the option `cal` names.
     pub fn calibration(&mut self, what_for: &str, shape: &MoeShape) -> Result<Arc<Calibration>, SpecError> {
-        let calibration = self.option_calibration(shape)?;
-        calibration.ok_or_else(|| self.error(format!("{what_for} needs cal=FILE, which moe-calibrate makes")))
+        self.calibration_file(what_for, shape).map(|(_, calibration)| calibration)
+    }
+
+    /// The calibration that the option `cal` or the router itself names, with its path.
+    pub(super) fn calibration_file(
+        &mut self,
+        what_for: &str,
+        shape: &MoeShape,
+    ) -> Result<(String, Arc<Calibration>), SpecError> {
+        self.option_calibration(shape)?;
+        let found = self.calibration.clone();
+        found.ok_or_else(|| self.error(format!("{what_for} needs cal=FILE, which moe-calibrate makes")))
     }
 
     /// Reads the calibration at `path`.
     pub fn open(&mut self, path: &str, shape: &MoeShape) -> Result<Arc<Calibration>, SpecError> {
         let files = self.files.ok_or_else(|| self.error("names a file, which requests may not"))?;
         let calibration = files.open(path, shape).map_err(|problem| self.error(problem))?;
-        self.calibration = Some(calibration.clone());
+        self.calibration = Some((path.into(), calibration.clone()));
         Ok(calibration)
     }
 

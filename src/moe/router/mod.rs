@@ -176,8 +176,8 @@ pub struct Policy {
     spec: RouterSpec,
     router: Box<dyn Router>,
     weights: Weights,
-    /// What [`Weights::Lsq`] multiplies by.
-    scale: Option<Arc<Calibration>>,
+    /// What [`Weights::Lsq`] multiplies by, and the file it is from.
+    scale: Option<(String, Arc<Calibration>)>,
     shape: MoeShape,
 }
 
@@ -204,7 +204,7 @@ impl Policy {
         let asked = args.option_of("weights", Weights::NAMES)?;
         let router = (entry.parse)(&mut args, shape)?;
         let weights = asked.unwrap_or(args.weights);
-        let scale = (weights == Weights::Lsq).then(|| args.calibration("weights=lsq", shape)).transpose()?;
+        let scale = (weights == Weights::Lsq).then(|| args.calibration_file("weights=lsq", shape)).transpose()?;
         args.finish()?;
         Ok(Self { spec: spec.clone(), router, weights, scale, shape: shape.clone() })
     }
@@ -219,6 +219,14 @@ impl Policy {
     /// The specification it was built from.
     pub fn spec(&self) -> &RouterSpec {
         &self.spec
+    }
+
+    /// The options that give another router the same weights.
+    pub fn weight_options(&self) -> Vec<(String, String)> {
+        let name = Weights::NAMES.iter().find(|(_, weights)| *weights == self.weights).map(|(name, _)| *name);
+        let weights = name.filter(|_| self.weights != Weights::Native).map(|name| ("weights".into(), name.into()));
+        let file = self.scale.as_ref().map(|(path, _)| ("cal".into(), path.clone()));
+        weights.into_iter().chain(file).collect()
     }
 
     /// See [`Router::signals`].
@@ -259,7 +267,7 @@ impl Policy {
             let chosen = out.weigh(token.row);
             self.weights.apply(&token, &self.shape, chosen);
             // More than k0 experts were never compared with k0.
-            let gamma = self.scale.as_ref().and_then(|c| c.layers[gate.layer].gamma_k.get(chosen.len() - 1));
+            let gamma = self.scale.as_ref().and_then(|(_, c)| c.layers[gate.layer].gamma_k.get(chosen.len() - 1));
             if let Some(gamma) = gamma {
                 chosen.iter_mut().for_each(|(_, weight)| *weight *= gamma);
             }

@@ -6,6 +6,7 @@ use super::*;
 use crate::moe::Routing;
 use crate::moe::calibration::{HeldOut, PolicyTable, Rung};
 use proptest::prelude::*;
+use std::path::Path;
 use std::sync::Arc;
 
 fn shape(experts: usize, top_k: usize, renormalise: bool) -> MoeShape {
@@ -19,11 +20,21 @@ fn policy(spec: &str, shape: &MoeShape) -> Policy {
 /// A router's example; the file it names is a calibration that knows nothing, with a policy for a share 0.7.
 fn example(entry: &RouterEntry, shape: &MoeShape) -> Policy {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("policy.json");
+    let path = calibrated(dir.path(), shape);
+    with_files(&entry.example.replace("policy.json", &path), shape)
+}
+
+/// A calibration's path in `folder`.
+fn calibrated(folder: &Path, shape: &MoeShape) -> String {
+    let path = folder.join("policy.json");
     let mut calibration = Calibration::uninformed(shape, "checkpoint");
     calibration.policy = Some(table(shape));
+    calibration.layers.iter_mut().for_each(|layer| layer.gamma_k[0] = 3.0);
     std::fs::write(&path, serde_json::to_string(&calibration).unwrap()).unwrap();
-    let spec = entry.example.replace("policy.json", &path.display().to_string());
+    path.display().to_string()
+}
+
+fn with_files(spec: &str, shape: &MoeShape) -> Policy {
     let files = Calibrations::new(|| Ok("checkpoint".into()));
     Policy::build_with(&spec.parse().unwrap(), shape, &files).unwrap()
 }
@@ -137,6 +148,27 @@ fn routers_labelled_batch_dependent_are_and_say_so() {
         found.extend((!invariant).then_some(entry.name));
     }
     assert_eq!(found, ["oea", "xbudget"]);
+}
+
+#[test]
+fn the_weights_of_a_router_are_another_ones_by_its_options() {
+    let shape = shape(4, 2, true);
+    let dir = tempfile::tempdir().unwrap();
+    let path = calibrated(dir.path(), &shape);
+    let options = |spec: &str| {
+        let options = with_files(spec, &shape).weight_options();
+        options.iter().map(|(name, value)| format!(",{name}={value}")).collect::<String>()
+    };
+    assert_eq!(options("dynk:0.5"), "");
+    assert_eq!(options("dynk:0.5,weights=keep"), ",weights=keep");
+    assert_eq!(options(&format!("contrib:0.5,cal={path}")), "");
+    let scaled = format!(",weights=lsq,cal={path}");
+    for spec in [format!("native{scaled}"), format!("policy:{path}"), format!("budget:0.7,policy={path}")] {
+        assert_eq!(options(&spec), scaled);
+    }
+    let control = with_files(&format!("topk:1{scaled}"), &shape);
+    let routing = route_by(&[Arc::new(control)], &[0], &shape, &[0.0, 1.0, 3.0, 2.0], &[1]);
+    assert_eq!(routing.weight_r(), [3.0]);
 }
 
 #[test]
