@@ -4,10 +4,12 @@ use std::ops::{Deref, DerefMut};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 /// From this size on, the system is asked for huge pages: fewer address translations while weights stream by.
-const HUGE_PAGES_MIN: usize = 4 << 20;
+const HUGE_PAGES_MIN: usize = 2 * HUGE_PAGE;
 
-/// `len` words from the start of a cache line on.
+/// `len` words from the start of a cache line on; many, from that of a huge page on.
 #[derive(Debug)]
 pub(super) struct Aligned<W> {
     words: Vec<W>,
@@ -18,8 +20,10 @@ pub(super) struct Aligned<W> {
 impl<W: Copy + Default> Aligned<W> {
     /// Zeros, which the system hands out as they are touched: by whoever fills them first.
     pub(super) fn zeroed(len: usize) -> Self {
-        let words = vec![W::default(); len + LINE / size_of::<W>()];
-        let start = words.as_ptr().align_offset(LINE);
+        // Memory before the start is never touched, and so takes none.
+        let align = if len * size_of::<W>() < HUGE_PAGES_MIN { LINE } else { HUGE_PAGE };
+        let words = vec![W::default(); len + align / size_of::<W>()];
+        let start = words.as_ptr().align_offset(align);
         let aligned = Self { words, start, len };
         advise_huge_pages(&aligned);
         aligned
@@ -41,14 +45,12 @@ impl<W> DerefMut for Aligned<W> {
 
 #[cfg(target_os = "linux")]
 fn advise_huge_pages<W>(words: &[W]) {
-    const PAGE: usize = 4096;
-    let (start, bytes) = (words.as_ptr() as usize, size_of_val(words));
+    let bytes = size_of_val(words);
     if bytes >= HUGE_PAGES_MIN {
-        let first = start.next_multiple_of(PAGE);
-        let len = (start + bytes - first) / PAGE * PAGE;
+        let start = words.as_ptr().cast_mut().cast();
         // SAFETY: whole pages within a buffer of ours, whose content the advice does not change. It may be refused
         // without harm.
-        unsafe { libc::madvise(first as *mut libc::c_void, len, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(start, bytes / HUGE_PAGE * HUGE_PAGE, libc::MADV_HUGEPAGE) };
     }
 }
 

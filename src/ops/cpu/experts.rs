@@ -63,48 +63,71 @@ impl PackedFfn {
         self.width.div_ceil(NR)
     }
 
+    /// Of these, the most that one work item takes.
+    fn hidden_panels_max(&self) -> usize {
+        PANELS_MAX / (1 + usize::from(self.activation.gated()))
+    }
+
     /// FLOPs of h for `rows` rows of `d` inputs.
     fn hidden_flops(&self, rows: usize, d: usize) -> usize {
         2 * (1 + usize::from(self.activation.gated())) * rows * d * self.width
     }
 
-    /// Columns `panel` of h for all rows of `x`, to rows `first..` of `h`.
+    /// The columns of `panels` of h for all rows of `x`, to rows `first..` of `h`. `next` is whose columns will be asked for
+    /// next, and from which panel on.
     ///
     /// # Safety
     /// No one else may write these columns of these rows.
-    unsafe fn hidden(&self, x: Rows<'_>, panel: usize, h: &RowBuffer, first: usize) {
-        let columns = NR.min(self.width - panel * NR);
+    unsafe fn hidden(
+        &self,
+        x: Rows<'_>,
+        panels: Range<usize>,
+        (h, first): (&RowBuffer, usize),
+        next: Option<(&Self, usize)>,
+    ) {
         let parts = 1 + usize::from(self.activation.gated());
-        let stride = parts * NR;
+        let stride = panels.len() * parts * NR;
+        let next = next.map(|(next, panel)| (&next.inner, parts * panel));
         in_parts(x, |x, start, tile| {
-            // SAFETY: the tile holds the part's rows of `parts` panels.
-            unsafe { multiply(x, &self.inner, parts * panel..parts * (panel + 1), tile, stride) };
+            // SAFETY: the tile holds the part's rows of at most `PANELS_MAX` panels.
+            unsafe { multiply(x, &self.inner, parts * panels.start..parts * panels.end, tile, stride, next) };
             for row in 0..x.len() {
                 // SAFETY: the row was just written.
                 let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), stride) };
                 if let Some(bias) = &self.inner_bias {
-                    add(tile, &bias[panel * stride..]);
+                    add(tile, &bias[panels.start * parts * NR..]);
                 }
-                let mut out = [0.0; NR];
-                match self.activation {
-                    Activation::Swiglu => swiglu_columns(tile, &mut out),
-                    Activation::Gelu => gelu_columns(tile, &mut out),
-                    Activation::Relu => relu_columns(tile, &mut out),
-                    Activation::Silu => silu_columns(tile, &mut out),
+                for (panel, tile) in panels.clone().zip(tile.chunks_exact(parts * NR)) {
+                    let mut out = [0.0; NR];
+                    match self.activation {
+                        Activation::Swiglu => swiglu_columns(tile, &mut out),
+                        Activation::Gelu => gelu_columns(tile, &mut out),
+                        Activation::Relu => relu_columns(tile, &mut out),
+                        Activation::Silu => silu_columns(tile, &mut out),
+                    }
+                    let columns = NR.min(self.width - panel * NR);
+                    // SAFETY: the caller's word.
+                    unsafe { h.write(first + start + row, panel * NR, &out[..columns]) };
                 }
-                // SAFETY: the caller's word.
-                unsafe { h.write(first + start + row, panel * NR, &out[..columns]) };
             }
         });
     }
 
-    /// The columns of `panels` of `down(h)` for all rows of `h`: each row, with its number, to `each`.
-    fn output(&self, h: Rows<'_>, panels: Range<usize>, mut each: impl FnMut(usize, &[f32])) {
+    /// The columns of `panels` of `down(h)` for all rows of `h`: each row, with its number, to `each`. `next` is as for
+    /// [`Self::hidden`].
+    fn output(
+        &self,
+        h: Rows<'_>,
+        panels: Range<usize>,
+        next: Option<(&Self, usize)>,
+        mut each: impl FnMut(usize, &[f32]),
+    ) {
         let columns = panels.start * NR..self.down.outputs().min(panels.end * NR);
         let stride = panels.len() * NR;
+        let next = next.map(|(next, panel)| (&next.down, panel));
         in_parts(h, |h, start, tile| {
             // SAFETY: the tile holds the part's rows of at most `PANELS_MAX` panels.
-            unsafe { multiply(h, &self.down, panels.clone(), tile, stride) };
+            unsafe { multiply(h, &self.down, panels.clone(), tile, stride, next) };
             for row in 0..h.len() {
                 // SAFETY: the row was just written, as far as there are columns.
                 let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), columns.len()) };
@@ -118,7 +141,7 @@ impl PackedFfn {
 }
 
 /// Panels whose products a tile holds.
-const PANELS_MAX: usize = 2;
+const PANELS_MAX: usize = 4;
 
 /// Calls `body` for some rows of `x` at a time, with their place in `x` and with room for their products.
 fn in_parts(x: Rows<'_>, mut body: impl FnMut(Rows<'_>, usize, *mut f32)) {
@@ -186,9 +209,10 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
         let buffer = (Form::of(&net.inner) == Form::Bf16).then(|| RowBuffer::rounded(x, d));
         let x = buffer.as_ref().map_or_else(|| Rows::of_f32(x, d), RowBuffer::rows);
         let rows = counted_rows(tokens, Form::of(&net.inner));
-        for_each(net.hidden_panels(), net.hidden_flops(rows, d), |panel| {
+        let items = Items::of(net.hidden_panels(), net.hidden_panels_max(), 1);
+        for_each(items.len(), net.hidden_flops(rows, d), |item| {
             // SAFETY: items write disjoint columns.
-            unsafe { net.hidden(x, panel, &h, 0) };
+            unsafe { net.hidden(x, items.panels(item), (&h, 0), None) };
         });
     })?;
     matmul(h.rows(), &net.down, &mut y);
@@ -218,12 +242,14 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
     let counted: usize =
         active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();
-    let panels = first.hidden_panels();
-    for_each(active.len() * panels, first.hidden_flops(counted, d), |item| {
-        let (e, panel) = (active[item / panels], item % panels);
+    let items = Items::of(first.hidden_panels(), first.hidden_panels_max(), active.len());
+    for_each(active.len() * items.len(), first.hidden_flops(counted, d), |item| {
+        let of = |item: usize| active.get(item / items.len()).map(|&e| (e, items.panels(item % items.len())));
+        let Some((e, panels)) = of(item) else { return };
+        let next = of(item + 1).map(|(e, panels)| (&experts[e], panels.start));
         let rows = routing.expert_rows(e);
         // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe { experts[e].hidden(gathered.rows().slice(rows.clone()), panel, &h, rows.start) };
+        unsafe { experts[e].hidden(gathered.rows().slice(rows.clone()), panels, (&h, rows.start), next) };
     });
     drop(gathered);
 
@@ -231,13 +257,16 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     // the same whatever else is in the step.
     let mut sums = vec![0.0; tokens * d];
     let out = SharedOut::new(&mut sums);
-    let panels = d.div_ceil(NR);
-    let at_once = (panels / (ITEMS_PER_THREAD * rayon::current_num_threads())).clamp(1, PANELS_MAX);
-    for_each(panels.div_ceil(at_once), 2 * counted * d * first.width, |item| {
-        let panels = item * at_once..panels.min((item + 1) * at_once);
-        for &e in &active {
+    let items = Items::of(d.div_ceil(NR), PANELS_MAX, 1);
+    for_each(items.len(), 2 * counted * d * first.width, |item| {
+        let panels = items.panels(item);
+        for (i, &e) in active.iter().enumerate() {
             let rows = routing.expert_rows(e);
-            experts[e].output(h.rows().slice(rows.clone()), panels.clone(), |row, y| {
+            let next = match active.get(i + 1) {
+                Some(&next) => Some((&experts[next], panels.start)),
+                None => active.first().filter(|_| panels.end * NR < d).map(|&next| (&experts[next], panels.end)),
+            };
+            experts[e].output(h.rows().slice(rows.clone()), panels.clone(), next, |row, y| {
                 let row = rows.start + row;
                 let at = routing.token_r()[row] as usize * d + panels.start * NR;
                 // SAFETY: items add to disjoint columns.
@@ -249,8 +278,33 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     Tensor::from_vec(sums, (tokens, d), &Device::Cpu)
 }
 
-/// Work items of the last projection for each thread, where there are enough columns.
+/// Work items for each thread, where there are enough columns.
 const ITEMS_PER_THREAD: usize = 8;
+
+/// Panels cut into work items.
+#[derive(Clone, Copy)]
+struct Items {
+    panels: usize,
+    /// Of an item; the last one may have fewer.
+    each: usize,
+}
+
+impl Items {
+    /// `panels` of each of `matrices`, at most `each_max` to an item.
+    fn of(panels: usize, each_max: usize, matrices: usize) -> Self {
+        let wanted = ITEMS_PER_THREAD * rayon::current_num_threads();
+        Self { panels, each: (panels * matrices / wanted).clamp(1, each_max) }
+    }
+
+    /// Items of one matrix.
+    fn len(self) -> usize {
+        self.panels.div_ceil(self.each)
+    }
+
+    fn panels(self, item: usize) -> Range<usize> {
+        item * self.each..self.panels.min((item + 1) * self.each)
+    }
+}
 
 /// The tokens' rows of `x [T, D]` in the order of the routing, `[R, D]`.
 fn gather(x: &[f32], routing: &Routing, to: &RowBuffer) {

@@ -36,7 +36,7 @@ pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
         let first = item * PANELS_PER_ITEM;
         let last = panels.min(first + PANELS_PER_ITEM);
         // SAFETY: items write disjoint columns of every row.
-        unsafe { multiply(x, w, first..last, out.from(first * NR), outputs) };
+        unsafe { multiply(x, w, first..last, out.from(first * NR), outputs, None) };
     });
 }
 
@@ -53,36 +53,61 @@ pub(super) fn matmul_on(isa: Isa, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
     let buffer = RowBuffer::rounded(x, w.inputs());
     let x = if Form::of(w) == Form::Bf16 { buffer.rows() } else { Rows::of_f32(x, w.inputs()) };
     // SAFETY: `y` holds all rows and columns and is borrowed here alone.
-    unsafe { multiply_on(isa, x, w, 0..outputs.div_ceil(NR), y.as_mut_ptr(), outputs) };
+    unsafe { multiply_on(isa, x, w, 0..outputs.div_ceil(NR), y.as_mut_ptr(), outputs, None) };
 }
 
 /// All rows of `x` times panels `panels` of `w`, to `out`, whose rows are `stride` apart; columns past the
-/// matrix's outputs are not written.
+/// matrix's outputs are not written. At the end the beginning of what is multiplied after it is fetched: of panel `next`
+/// of a matrix, or else of the panels that follow.
 ///
 /// # Safety
 /// `out` must be valid for `x.len()` rows of the panels' columns, and no one else may write them.
-pub(super) unsafe fn multiply(x: Rows<'_>, w: &PackedMatrix, panels: Range<usize>, out: *mut f32, stride: usize) {
+pub(super) unsafe fn multiply(
+    x: Rows<'_>,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+    next: Option<(&PackedMatrix, usize)>,
+) {
     // SAFETY: the caller's word.
-    unsafe { multiply_on(Isa::get(), x, w, panels, out, stride) }
+    unsafe { multiply_on(Isa::get(), x, w, panels, out, stride, next) }
 }
 
 /// [`multiply`] with the kernels of `isa`, which this processor must have.
 ///
 /// # Safety
 /// As [`multiply`].
-unsafe fn multiply_on(isa: Isa, x: Rows<'_>, w: &PackedMatrix, panels: Range<usize>, out: *mut f32, stride: usize) {
+unsafe fn multiply_on(
+    isa: Isa,
+    x: Rows<'_>,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+    next: Option<(&PackedMatrix, usize)>,
+) {
     assert_eq!(x.width(), w.inputs());
     let columns = (panels.end * NR).min(w.outputs()) - panels.start * NR;
-    let start = panels.start * w.panel_len();
+    let (panel_len, start) = (w.panel_len(), panels.start * w.panel_len());
+    let next = match next.map(|(next, panel)| (next.data(), panel * next.panel_len())) {
+        Some((Data::Bf16(w), start)) => w[start..].as_ptr(),
+        _ => match w.data() {
+            Data::Bf16(w) => w[start..].as_ptr().wrapping_add(panels.len() * panel_len),
+            _ => std::ptr::null(),
+        },
+    };
     let tile = Tile {
         isa,
         rows: x.len(),
-        x_stride: x.stride(),
+        x_row: x.row_stride(),
+        x_block: x.block_stride(),
         inputs: w.inputs(),
         panels: panels.len(),
-        panel_len: w.panel_len(),
+        panel_len,
         columns,
         stride,
+        next,
     };
     // SAFETY: pointers are to the first row and panel of ranges within their buffers; `out` is the caller's word.
     unsafe {
@@ -114,7 +139,8 @@ unsafe fn multiply_quantised(x: *const u16, (w, panels): (&Quants, Range<usize>)
     for (i, panel) in panels.enumerate() {
         let words = &mut widened[..tile.panel_len];
         w.widen(tile.isa, panel, words);
-        let tile = Tile { panels: 1, columns: (tile.columns - i * NR).min(NR), ..*tile };
+        let next = words.as_ptr();
+        let tile = Tile { panels: 1, columns: (tile.columns - i * NR).min(NR), next, ..*tile };
         // SAFETY: the panel is whole; the rest is the caller's word.
         unsafe {
             match tile.isa {
@@ -133,7 +159,9 @@ struct Tile {
     isa: Isa,
     rows: usize,
     /// Elements between rows of activations.
-    x_stride: usize,
+    x_row: usize,
+    /// Elements between blocks of inputs of the same row.
+    x_block: usize,
     inputs: usize,
     panels: usize,
     /// Words of a panel.
@@ -141,6 +169,8 @@ struct Tile {
     columns: usize,
     /// Elements between rows of results.
     stride: usize,
+    /// What of bf16 is multiplied after the last panel, to be fetched and not to be read.
+    next: *const u32,
 }
 
 /// What a kernel multiplies: pointers to a first row, a first panel and a first result; columns to write.
@@ -149,10 +179,13 @@ struct Operands<X, W> {
     w: *const W,
     out: *mut f32,
     columns: usize,
+    /// The panels after these.
+    next: *const W,
 }
 
 /// Calls `$kernel::<M, P>` for blocks of M rows and P panels until the tile is covered. Few rows take several
-/// panels at once, many rows one: either way enough independent chains to hide the multiply-add's latency.
+/// panels at once, many rows one: either way enough independent chains to hide the multiply-add's latency. Several panels
+/// are also read faster than one.
 macro_rules! cover {
     ($module:ident::$kernel:ident, $x:ident, $w:ident, $tile:ident, $out:ident, [$(($m:literal, $p:literal)),*]) => {{
         let mut row = 0;
@@ -163,10 +196,15 @@ macro_rules! cover {
                 while panel < $tile.panels {
                     let columns = $tile.columns - panel * NR;
                     let operands = |panels: usize| Operands {
-                        x: $x.add(row * $tile.x_stride),
+                        x: $x.add(row * $tile.x_row),
                         w: $w.add(panel * $tile.panel_len),
                         out: $out.add(row * $tile.stride + panel * NR),
                         columns: columns.min(panels * NR),
+                        next: match (panel + panels < $tile.panels, left > $m) {
+                            (true, _) => $w.add((panel + panels) * $tile.panel_len),
+                            (false, true) => $w,
+                            (false, false) => $tile.next.cast(),
+                        },
                     };
                     if $tile.panels - panel >= $p {
                         $module::$kernel::<$m, $p>(&operands($p), $tile);
@@ -213,7 +251,7 @@ macro_rules! dispatcher {
 
 dispatcher!(dispatch_f32, f32, f32, f32, [(12, 1), (8, 1), (4, 2), (2, 4), (1, 4)]);
 dispatcher!(dispatch_f16, f32, u16, f16, [(12, 1), (8, 1), (4, 2), (2, 4), (1, 4)]);
-dispatcher!(dispatch_bf16, u16, u32, bf16, [(6, 1), (4, 1), (2, 2), (1, 4)]);
+dispatcher!(dispatch_bf16, u16, u32, bf16, [(6, 1), (4, 2), (2, 2), (1, 4)]);
 
 #[cfg(test)]
 mod tests;

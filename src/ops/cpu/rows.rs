@@ -30,15 +30,23 @@ impl Form {
             Self::Bf16 => 2,
         }
     }
+
+    fn row_stride(self, stride: usize) -> usize {
+        match self {
+            Self::F32 => stride,
+            Self::Bf16 => BLOCK,
+        }
+    }
 }
 
-/// Rows of activations, `[M, I]`.
+/// Rows of activations, `[M, I]`. Those of f32 lie row after row. Those of bf16 lie [`BLOCK`] inputs after the other, `[I /
+/// BLOCK, M, BLOCK]`: what a tile takes in is then 1 KB without gaps, wherever rows begin.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     start: *const u8,
     form: Form,
     len: usize,
-    /// Elements from row to row.
+    /// Elements from row to row; of bf16 from block to block.
     stride: usize,
     width: usize,
     lifetime: PhantomData<&'a [f32]>,
@@ -66,15 +74,23 @@ impl<'a> Rows<'a> {
         self.width
     }
 
-    /// Elements from row to row.
-    pub(super) fn stride(&self) -> usize {
-        self.stride
+    /// Elements from row to row, of the same block.
+    pub(super) fn row_stride(&self) -> usize {
+        self.form.row_stride(self.stride)
+    }
+
+    /// Elements from block to block of inputs, of the same row.
+    pub(super) fn block_stride(&self) -> usize {
+        match self.form {
+            Form::F32 => BLOCK,
+            Form::Bf16 => self.stride,
+        }
     }
 
     /// Some of the rows.
     pub(super) fn slice(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.len);
-        let start = self.start.wrapping_add(rows.start * self.stride * self.form.bytes());
+        let start = self.start.wrapping_add(rows.start * self.row_stride() * self.form.bytes());
         Self { start, len: rows.len(), ..self }
     }
 
@@ -84,18 +100,16 @@ impl<'a> Rows<'a> {
         self.start.cast()
     }
 
-    /// The first row's elements, where they are bf16: every row goes on with zeros to a whole [`BLOCK`], and whole
-    /// tiles of rows may be read.
+    /// The first row's first block, where they are bf16: every row goes on with zeros to a whole [`BLOCK`], and whole
+    /// squares of rows may be read.
     pub(super) fn bf16(&self) -> *const u16 {
         assert_eq!(self.form, Form::Bf16, "products with these weights read bf16");
         self.start.cast()
     }
 }
 
-/// Rows that one may read beyond the last one: a tile's.
+/// Rows that one may read beyond the last one: a square's.
 const SPARE_ROWS: usize = 31;
-/// Elements beyond a row of bf16: were rows a multiple of 4 KB apart, they would share a few sets of the cache.
-const GAP: usize = 32;
 
 /// Room for rows of activations. Memory is taken from a store of the thread and given back to it.
 pub(super) struct RowBuffer {
@@ -119,11 +133,14 @@ const STORED_MAX: usize = 4;
 impl RowBuffer {
     /// For `[len, width]` elements, which must be written before they are read.
     pub(super) fn new(form: Form, len: usize, width: usize) -> Self {
-        let stride = match form {
-            Form::F32 => width,
-            Form::Bf16 => width.next_multiple_of(BLOCK) + GAP,
+        let (stride, words) = match form {
+            Form::F32 => (width, len * width),
+            Form::Bf16 => {
+                // An odd number of cache lines: were blocks a multiple of 4 KB apart, they would share a set of the cache.
+                let stride = ((len + SPARE_ROWS) | 1) * BLOCK;
+                (stride, width.div_ceil(BLOCK) * stride / 2)
+            }
         };
-        let words = ((len + SPARE_ROWS) * stride * form.bytes()).div_ceil(4);
         let stored = STORE.with_borrow_mut(|store| {
             let fits = store.iter().position(|stored| stored.len() >= words);
             fits.map(|at| store.swap_remove(at))
@@ -150,12 +167,14 @@ impl RowBuffer {
 
     /// Zeros what lies between the last element of a row and a whole block.
     fn clear_ends(&mut self) {
-        if self.form == Form::Bf16 && !self.width.is_multiple_of(BLOCK) {
+        let used = self.width % BLOCK;
+        if self.form == Form::Bf16 && used > 0 {
             let start: *mut u16 = self.start.cast();
             for row in 0..self.len {
-                // SAFETY: the row lies within the buffer.
-                let row = unsafe { std::slice::from_raw_parts_mut(start.add(row * self.stride), self.stride) };
-                row[self.width..].fill(0);
+                let at = self.width / BLOCK * self.stride + row * BLOCK;
+                // SAFETY: the row's last block lies within the buffer.
+                let block = unsafe { std::slice::from_raw_parts_mut(start.add(at), BLOCK) };
+                block[used..].fill(0);
             }
         }
     }
@@ -166,15 +185,23 @@ impl RowBuffer {
     /// No one else may read or write these elements at the same time.
     pub(super) unsafe fn write(&self, row: usize, column: usize, values: &[f32]) {
         assert!(row < self.len && column + values.len() <= self.width);
-        let at = row * self.stride + column;
-        // SAFETY: the elements lie within the buffer and are the caller's.
-        unsafe {
-            match self.form {
-                Form::F32 => {
-                    std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.cast::<f32>().add(at), values.len());
+        match self.form {
+            Form::F32 => {
+                let to: *mut f32 = self.start.cast();
+                // SAFETY: the elements lie within the buffer and are the caller's.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(values.as_ptr(), to.add(row * self.stride + column), values.len());
                 }
-                Form::Bf16 => {
-                    round(values, std::slice::from_raw_parts_mut(self.start.cast::<u16>().add(at), values.len()));
+            }
+            Form::Bf16 => {
+                let (head, blocks) = values.split_at(((BLOCK - column % BLOCK) % BLOCK).min(values.len()));
+                let mut column = column;
+                for values in [head].into_iter().chain(blocks.chunks(BLOCK)) {
+                    let at = column / BLOCK * self.stride + row * BLOCK + column % BLOCK;
+                    // SAFETY: as above; these elements lie in one block.
+                    let to = unsafe { std::slice::from_raw_parts_mut(self.start.cast::<u16>().add(at), values.len()) };
+                    round(values, to);
+                    column += values.len();
                 }
             }
         }
@@ -256,11 +283,13 @@ mod tests {
         let x: Vec<f32> = (0..3 * 37).map(|x| x as f32).collect();
         let buffer = RowBuffer::rounded(&x, 37);
         let rows = buffer.rows();
-        for row in 0..3 {
+        for (row, block) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)] {
+            let at = block * rows.block_stride() + row * rows.row_stride();
             // SAFETY: rows go on to a whole block.
-            let row_bits = unsafe { std::slice::from_raw_parts(rows.bf16().add(row * rows.stride()), 2 * BLOCK) };
-            let want = x[row * 37..(row + 1) * 37].iter().copied().chain(std::iter::repeat(0.0)).take(2 * BLOCK);
-            assert!(row_bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).eq(want));
+            let bits = unsafe { std::slice::from_raw_parts(rows.bf16().add(at), BLOCK) };
+            let row = &x[row * 37..(row + 1) * 37];
+            let want = row.iter().copied().chain(std::iter::repeat(0.0)).skip(block * BLOCK).take(BLOCK);
+            assert!(bits.iter().map(|bits| bf16::from_bits(*bits).to_f32()).eq(want));
         }
     }
 }

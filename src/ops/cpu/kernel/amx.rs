@@ -14,14 +14,18 @@ pub(super) const ROWS_MIN: usize = 5;
 const SQUARE: usize = 32;
 /// Squares whose results are kept at a time: with rows of 2,048 inputs these take half of a second-level cache.
 const SQUARES: usize = 8;
-/// Blocks of a panel that all squares are multiplied with before the next ones: at 2 KB each they stay in the first
-/// cache.
-const DEPTH: usize = 16;
+/// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones, which are fetched
+/// meanwhile: both stay in the first cache, also where two threads share it.
+const DEPTH: usize = 8;
 /// Words of a block of a panel.
 const WORDS: usize = BLOCK / 2 * NR;
 
+/// Panels that are read in turns, [`DEPTH`] blocks of each: memory follows several streams better than one, and rows are
+/// in the first cache for all but the first.
+const STREAMS: usize = 4;
+
 #[repr(C, align(64))]
-struct Results([[f32; NR]; SQUARE * SQUARES]);
+struct Results([[f32; NR]; SQUARE * SQUARES * STREAMS]);
 
 /// # Safety
 /// As [`super::multiply`]; whole squares of rows of `x` must be readable, of whatever content.
@@ -31,51 +35,68 @@ pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *m
     let results: *mut f32 = results.as_mut_ptr().cast();
     for first in (0..tile.rows).step_by(SQUARE * SQUARES) {
         let rows = (tile.rows - first).min(SQUARE * SQUARES);
-        for panel in 0..tile.panels {
-            let columns = (tile.columns - panel * NR).min(NR);
+        for panel in (0..tile.panels).step_by(STREAMS) {
+            let panels = STREAMS.min(tile.panels - panel);
+            let next = match (panel + panels < tile.panels, first + rows < tile.rows) {
+                (true, _) => w.wrapping_add((panel + panels) * tile.panel_len),
+                (false, true) => w,
+                (false, false) => tile.next,
+            };
             // SAFETY: rows and panels within their buffers; results of `rows` rows are written before they are read.
             unsafe {
-                let (x, w) = (x.add(first * tile.x_stride), w.add(panel * tile.panel_len));
-                multiply_panel(&tiles, (x, rows), w, tile, results);
-                for row in 0..rows {
-                    let out = out.add((first + row) * tile.stride + panel * NR);
-                    std::ptr::copy_nonoverlapping(results.add(row * NR), out, columns);
+                let (x, w) = (x.add(first * tile.x_row), w.add(panel * tile.panel_len));
+                multiply_panels(&tiles, (x, rows), (w, panels, next), tile, results);
+                for stream in 0..panels {
+                    let column = (panel + stream) * NR;
+                    let columns = (tile.columns - column).min(NR);
+                    for row in 0..rows {
+                        let results = results.add((stream * SQUARE * SQUARES + row) * NR);
+                        std::ptr::copy_nonoverlapping(results, out.add((first + row) * tile.stride + column), columns);
+                    }
                 }
             }
         }
     }
 }
 
-/// Results of `rows` rows with one panel. Meanwhile the panel after it is fetched into the second-level cache.
+/// Results of `rows` rows with `panels` panels from `w` on. At the end the beginnings of those from `next` on are fetched.
 #[inline]
-unsafe fn multiply_panel(tiles: &Tiles, (x, rows): (*const u16, usize), w: *const u32, tile: &Tile, results: *mut f32) {
+unsafe fn multiply_panels(
+    tiles: &Tiles,
+    (x, rows): (*const u16, usize),
+    (w, panels, next): (*const u32, usize, *const u32),
+    tile: &Tile,
+    results: *mut f32,
+) {
     let blocks = tile.panel_len / WORDS;
     let squares = rows.div_ceil(SQUARE);
-    // A single square reads its rows once whatever the depth.
-    let depth_max = if squares == 1 { blocks } else { DEPTH };
-    for first in (0..blocks).step_by(depth_max) {
-        let depth = depth_max.min(blocks - first);
-        // SAFETY: blocks of the panel, rows of `x`, and results are within their buffers; fetching is harmless anywhere.
-        unsafe {
-            let w = w.add(first * WORDS);
+    for first in (0..blocks).step_by(DEPTH) {
+        let depth = DEPTH.min(blocks - first);
+        let ahead = if first + DEPTH < blocks { w.wrapping_add((first + DEPTH) * WORDS) } else { next };
+        for stream in 0..panels {
+            let start = stream * tile.panel_len;
             for square in 0..squares {
-                let call = Call {
-                    x: x.add(square * SQUARE * tile.x_stride + first * BLOCK),
-                    x_stride: tile.x_stride * size_of::<u16>(),
-                    w,
-                    depth,
-                    results: results.add(square * SQUARE * NR),
-                    accumulate: first > 0,
-                    next: w.wrapping_add(tile.panel_len + square * depth * WORDS / squares),
-                };
-                let half = rows - square * SQUARE <= SQUARE / 2;
-                match (half, squares) {
-                    (true, 1) => call.half::<32>(tiles),
-                    (true, _) => call.half::<0>(tiles),
-                    (false, 1) => call.whole::<32>(tiles),
-                    (false, 2) => call.whole::<16>(tiles),
-                    (false, 3 | 4) => call.whole::<8>(tiles),
-                    (false, _) => call.whole::<4>(tiles),
+                // SAFETY: blocks of the panel, rows of `x`, and results are within their buffers; fetching is harmless
+                // anywhere.
+                unsafe {
+                    let call = Call {
+                        x: x.add(square * SQUARE * tile.x_row + first * tile.x_block),
+                        x_block: tile.x_block * size_of::<u16>(),
+                        w: w.add(start + first * WORDS),
+                        depth,
+                        results: results.add((stream * SQUARES + square) * SQUARE * NR),
+                        accumulate: first > 0,
+                        next: ahead.wrapping_add(start + square * depth * WORDS / squares),
+                    };
+                    let half = rows - square * SQUARE <= SQUARE / 2;
+                    match (half, squares) {
+                        (true, 1) => call.half::<32>(tiles),
+                        (true, _) => call.half::<0>(tiles),
+                        (false, 1) => call.whole::<32>(tiles),
+                        (false, 2) => call.whole::<16>(tiles),
+                        (false, 3 | 4) => call.whole::<8>(tiles),
+                        (false, _) => call.whole::<4>(tiles),
+                    }
                 }
             }
         }
@@ -85,8 +106,8 @@ unsafe fn multiply_panel(tiles: &Tiles, (x, rows): (*const u16, usize), w: *cons
 /// Some blocks of a panel with the rows of a square.
 struct Call {
     x: *const u16,
-    /// Bytes.
-    x_stride: usize,
+    /// Bytes from block to block.
+    x_block: usize,
     w: *const u32,
     /// Blocks.
     depth: usize,
@@ -96,21 +117,20 @@ struct Call {
     next: *const u32,
 }
 
-/// Fetches `{lines}` cache lines into the second-level cache.
+/// Fetches a quarter of `{lines}` cache lines: all at once they would be in the way of what the tiles wait for.
 macro_rules! fetch {
     () => {
         ".rept {lines} / 4
         prefetcht1 [{next}]
-        prefetcht1 [{next} + 64]
-        prefetcht1 [{next} + 128]
-        prefetcht1 [{next} + 192]
-        add {next}, 256
+        add {next}, 64
         .endr"
     };
 }
 
-/// Bytes between the rows of a panel, and of results.
-const PANEL_ROW: usize = NR * 4;
+/// Bytes of a row of activations in a block, and of half a row of a panel or of results.
+const LINE: usize = BLOCK * size_of::<u16>();
+/// Bytes of 16 such rows of activations.
+const UPPER: usize = 16 * LINE;
 
 impl Call {
     /// 32 rows. Every block fetches `LINES` cache lines.
@@ -132,38 +152,40 @@ impl Call {
                 "tilezero tmm3",
                 "jmp 3f",
                 "2:",
-                "tileloadd tmm0, [{upper} + {row}]",
-                "tileloadd tmm1, [{upper} + {row} + 64]",
-                "tileloadd tmm2, [{lower} + {row}]",
-                "tileloadd tmm3, [{lower} + {row} + 64]",
+                "tileloadd tmm0, [{upper} + {line} * 2]",
+                "tileloadd tmm1, [{upper} + {line} * 2 + 64]",
+                "tileloadd tmm2, [{lower} + {line} * 2]",
+                "tileloadd tmm3, [{lower} + {line} * 2 + 64]",
                 "3:",
+                "tileloadd tmm6, [{w} + {line} * 2]",
                 fetch!(),
-                "tileloadd tmm6, [{w} + {row}]",
-                "tileloadd tmm4, [{x} + {x_stride}]",
+                "tileloadd tmm4, [{x} + {line}]",
+                fetch!(),
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w} + {row} + 64]",
+                "tileloadd tmm7, [{w} + {line} * 2 + 64]",
+                fetch!(),
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x_lower} + {x_stride}]",
+                "tileloadd tmm5, [{x} + {line} + {upper_rows}]",
+                fetch!(),
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {w}, 2048",
-                "add {x}, 64",
-                "add {x_lower}, 64",
+                "add {x}, {x_block}",
                 "dec {depth}",
                 "jnz 3b",
-                "tilestored [{upper} + {row}], tmm0",
-                "tilestored [{upper} + {row} + 64], tmm1",
-                "tilestored [{lower} + {row}], tmm2",
-                "tilestored [{lower} + {row} + 64], tmm3",
+                "tilestored [{upper} + {line} * 2], tmm0",
+                "tilestored [{upper} + {line} * 2 + 64], tmm1",
+                "tilestored [{lower} + {line} * 2], tmm2",
+                "tilestored [{lower} + {line} * 2 + 64], tmm3",
                 lines = const LINES,
                 accumulate = in(reg) u32::from(self.accumulate),
                 upper = in(reg) self.results,
                 lower = in(reg) lower,
-                row = in(reg) PANEL_ROW,
+                line = in(reg) LINE,
                 w = inout(reg) self.w => _,
                 x = inout(reg) self.x => _,
-                x_lower = inout(reg) self.x.wrapping_byte_add(SQUARE / 2 * self.x_stride) => _,
-                x_stride = in(reg) self.x_stride,
+                x_block = in(reg) self.x_block,
+                upper_rows = const UPPER,
                 depth = inout(reg) self.depth => _,
                 next = inout(reg) self.next => _,
                 options(nostack),
@@ -186,28 +208,31 @@ impl Call {
                 "tilezero tmm1",
                 "jmp 3f",
                 "2:",
-                "tileloadd tmm0, [{results} + {row}]",
-                "tileloadd tmm1, [{results} + {row} + 64]",
+                "tileloadd tmm0, [{results} + {line} * 2]",
+                "tileloadd tmm1, [{results} + {line} * 2 + 64]",
                 "3:",
                 fetch!(),
-                "tileloadd tmm6, [{w} + {row}]",
-                "tileloadd tmm4, [{x} + {x_stride}]",
+                "tileloadd tmm6, [{w} + {line} * 2]",
+                fetch!(),
+                "tileloadd tmm4, [{x} + {line}]",
+                fetch!(),
                 "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w} + {row} + 64]",
+                "tileloadd tmm7, [{w} + {line} * 2 + 64]",
+                fetch!(),
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "add {w}, 2048",
-                "add {x}, 64",
+                "add {x}, {x_block}",
                 "dec {depth}",
                 "jnz 3b",
-                "tilestored [{results} + {row}], tmm0",
-                "tilestored [{results} + {row} + 64], tmm1",
+                "tilestored [{results} + {line} * 2], tmm0",
+                "tilestored [{results} + {line} * 2 + 64], tmm1",
                 lines = const LINES,
                 accumulate = in(reg) u32::from(self.accumulate),
                 results = in(reg) self.results,
-                row = in(reg) PANEL_ROW,
+                line = in(reg) LINE,
                 w = inout(reg) self.w => _,
                 x = inout(reg) self.x => _,
-                x_stride = in(reg) self.x_stride,
+                x_block = in(reg) self.x_block,
                 depth = inout(reg) self.depth => _,
                 next = inout(reg) self.next => _,
                 options(nostack),

@@ -29,7 +29,7 @@ macro_rules! kernel {
                         let words = of.w.add(p * tile.panel_len + i * NR);
                         let w = [$load(words), $load(words.add(16))];
                         for m in 0..M {
-                            let x = _mm512_set1_ps(*of.x.add(m * tile.x_stride + i));
+                            let x = _mm512_set1_ps(*of.x.add(m * tile.x_row + i));
                             sums[m][p][0] = _mm512_fmadd_ps(x, w[0], sums[m][p][0]);
                             sums[m][p][1] = _mm512_fmadd_ps(x, w[1], sums[m][p][1]);
                         }
@@ -63,22 +63,36 @@ fn odd(pairs: __m512i) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF_0000_u32 as i32)))
 }
 
+/// Blocks of a panel that are fetched ahead: 2 KB each. Hardware loses the thread where panels end.
+const AHEAD: usize = 3;
+
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn bf16<const M: usize, const P: usize>(of: &Operands<u16, u32>, tile: &Tile) {
     const PAIRS: usize = BLOCK / 2;
+    const WORDS: usize = PAIRS * NR;
     let zero = [[[_mm512_setzero_ps(); 2]; P]; M];
     let mut sums = zero;
     // SAFETY: words lie within their panels, inputs within their rows, outputs are the caller's.
     unsafe {
-        for block in 0..tile.panel_len / (PAIRS * NR) {
+        let blocks = tile.panel_len / WORDS;
+        for block in 0..blocks {
             let (mut evens, mut odds) = (zero, zero);
-            for pair in block * PAIRS..(block + 1) * PAIRS {
+            let x = of.x.add(block * tile.x_block);
+            let w = of.w.add(block * WORDS);
+            let ahead = match block + AHEAD {
+                ahead if ahead < blocks => of.w.wrapping_add(ahead * WORDS),
+                ahead => of.next.wrapping_add((ahead - blocks) * WORDS),
+            };
+            for pair in 0..PAIRS {
                 for p in 0..P {
-                    let words = of.w.add(p * tile.panel_len + pair * NR);
+                    let fetched = ahead.wrapping_add(p * tile.panel_len + pair * NR);
+                    _mm_prefetch::<_MM_HINT_T0>(fetched.cast());
+                    _mm_prefetch::<_MM_HINT_T0>(fetched.wrapping_add(16).cast());
+                    let words = w.add(p * tile.panel_len + pair * NR);
                     let w = [_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast())];
                     let (w_even, w_odd) = ([even(w[0]), even(w[1])], [odd(w[0]), odd(w[1])]);
                     for m in 0..M {
-                        let x = of.x.add(m * tile.x_stride + 2 * pair).cast::<i32>().read_unaligned();
+                        let x = x.add(m * tile.x_row + 2 * pair).cast::<i32>().read_unaligned();
                         let x = _mm512_set1_epi32(x);
                         let (x_even, x_odd) = (even(x), odd(x));
                         for half in 0..2 {

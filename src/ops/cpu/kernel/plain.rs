@@ -29,7 +29,7 @@ macro_rules! kernel {
                     let words = unsafe { &*w.add(i * NR).cast::<[$w; COLUMNS]>() };
                     for (m, sums) in sums.iter_mut().enumerate() {
                         // SAFETY: input `i` of row `m` lies within the rows.
-                        let x = unsafe { *of.x.add(m * tile.x_stride + i) };
+                        let x = unsafe { *of.x.add(m * tile.x_row + i) };
                         for (sum, word) in sums.iter_mut().zip(words) {
                             *sum += x * $widen(*word);
                         }
@@ -58,12 +58,12 @@ pub(super) unsafe fn bf16<const M: usize, const P: usize>(of: &Operands<u16, u32
         let w = unsafe { of.w.add(first / NR * tile.panel_len + first % NR) };
         for block in 0..tile.panel_len / (PAIRS * NR) {
             let mut parts = [[[0.0f32; COLUMNS]; 2]; M];
-            for pair in block * PAIRS..(block + 1) * PAIRS {
+            for pair in 0..PAIRS {
                 // SAFETY: the words lie within the panel.
-                let words = unsafe { &*w.add(pair * NR).cast::<[u32; COLUMNS]>() };
+                let words = unsafe { &*w.add((block * PAIRS + pair) * NR).cast::<[u32; COLUMNS]>() };
                 for (m, [even, odd]) in parts.iter_mut().enumerate() {
                     // SAFETY: rows go on to a whole block.
-                    let x = unsafe { of.x.add(m * tile.x_stride + 2 * pair) };
+                    let x = unsafe { of.x.add(block * tile.x_block + m * tile.x_row + 2 * pair) };
                     // SAFETY: as above.
                     let x = unsafe { [widen(u32::from(*x) << 16), widen(u32::from(*x.add(1)) << 16)] };
                     for i in 0..COLUMNS {
