@@ -5,7 +5,6 @@ use crate::engine::{calibrations, default_name};
 use crate::model::hub::{HubOptions, bar_style, resolve, resolve_config};
 use crate::model::{LoadError, LoadOptions, Loaded, Source, load_from};
 use crate::moe::calibration::Calibrations;
-use crate::types::{DeviceChoice, DtypeChoice, Quantization};
 use indicatif::{MultiProgress, ProgressBar};
 use std::path::Path;
 use std::time::Instant;
@@ -28,21 +27,21 @@ pub struct Opened {
     pub(super) load_s: f64,
 }
 
-/// Loads `subject`, of which only the first `layers` if they are given, for tests as `settings` ask for.
+/// Loads `subject`, of which only the first `layers` if they are given, for as many positions as the tests of `settings` take.
 ///
 /// # Errors
 /// A model that is not there or cannot be loaded, or has too few positions or layers.
 pub fn open(
     subject: &Subject,
     hub: &HubOptions,
-    (dtype, device, quantization): (DtypeChoice, DeviceChoice, Quantization),
+    options: LoadOptions,
     layers: Option<usize>,
     settings: &Settings,
 ) -> Result<Opened, BenchError> {
     settings.tests()?;
     let bars = MultiProgress::new();
     let len = settings.prompt_max().max(settings.decode_positions());
-    let options = LoadOptions { dtype, device, quantization, max_model_len: Some(len) };
+    let options = LoadOptions { max_model_len: Some(len), ..options };
     let load = |source: Source<'_>| -> Result<(Loaded, f64), BenchError> {
         let started = Instant::now();
         let bar = bars.add(ProgressBar::new(0).with_style(bar_style()).with_message("loading weights"));

@@ -3,10 +3,12 @@
 use anyhow::Result;
 use clap::Parser;
 use moe_serve::bench::{Settings, Subject, open, routers, run};
+use moe_serve::model::LoadOptions;
 use moe_serve::model::hub::HubOptions;
 use moe_serve::ops::use_threads;
 use moe_serve::telemetry::{LogFormat, init};
 use moe_serve::types::{DeviceChoice, DtypeChoice, Quantization, RouterSpec, Threads};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Measure how fast a model runs here: prompts and decoding with one router or several, beside what the machine's memory
@@ -43,9 +45,12 @@ struct Cli {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
-    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    /// Quantise weights as they are loaded: none, q8_0, q4_k or q4_0; or experts=FORMAT,dense=FORMAT
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quant: Quantization,
+    /// Keep packed weights in this directory, and take them from there at the next start
+    #[arg(long, value_name = "DIR")]
+    pack_cache: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -117,7 +122,14 @@ fn bench(cli: &Cli) -> Result<()> {
         (Some(model), _) => Subject::Model(model.clone()),
         (None, config) => Subject::RandomWeights(config.clone().unwrap_or_default()),
     };
-    let opened = open(&subject, &hub, (cli.dtype, cli.device, cli.quant), cli.layers, &settings)?;
+    let options = LoadOptions {
+        dtype: cli.dtype,
+        device: cli.device,
+        quantization: cli.quant,
+        pack_cache: cli.pack_cache.clone(),
+        ..LoadOptions::default()
+    };
+    let opened = open(&subject, &hub, options, cli.layers, &settings)?;
     let report = run(&opened, &settings, |doing| eprintln!("{doing}"))?;
     println!("{report}");
     println!("{}", serde_json::to_string(&report)?);

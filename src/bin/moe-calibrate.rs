@@ -26,9 +26,12 @@ struct Cli {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
-    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    /// Quantise weights as they are loaded: none, q8_0, q4_k or q4_0; or experts=FORMAT,dense=FORMAT
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quant: Quantization,
+    /// Keep packed weights in this directory, and take them from there at the next start
+    #[arg(long, value_name = "DIR")]
+    pack_cache: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -102,7 +105,13 @@ fn run(cli: &Cli) -> Result<()> {
     let sources = if cli.data.is_empty() { vec![bundled()] } else { read(&cli.data)? };
     let mut hub = HubOptions { revision: cli.revision.clone(), ..HubOptions::from_env() };
     hub.offline |= cli.offline;
-    let options = LoadOptions { dtype: cli.dtype, device: cli.device, max_model_len: None, quantization: cli.quant };
+    let options = LoadOptions {
+        dtype: cli.dtype,
+        device: cli.device,
+        max_model_len: None,
+        quantization: cli.quant,
+        pack_cache: cli.pack_cache.clone(),
+    };
     let opened = Found::find(cli.model.as_deref(), &hub)?.load(&options)?;
     let outcome = calibrate(opened, &sources, &settings, &cli.out)?;
     print!("{}", correlations(&outcome.correlations));

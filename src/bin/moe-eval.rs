@@ -59,9 +59,12 @@ struct ModelArgs {
     /// What weights are kept in: auto (as stored), bf16, f16 or f32
     #[arg(long, default_value = "auto")]
     dtype: DtypeChoice,
-    /// Quantise weights as they are loaded: none, q8_0 or q4_0; or experts=FORMAT,dense=FORMAT
+    /// Quantise weights as they are loaded: none, q8_0, q4_k or q4_0; or experts=FORMAT,dense=FORMAT
     #[arg(long, default_value = "none", value_name = "FORMAT")]
     quant: Quantization,
+    /// Keep packed weights in this directory, and take them from there at the next start
+    #[arg(long, value_name = "DIR")]
+    pack_cache: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
@@ -257,6 +260,7 @@ fn launch(args: &ModelArgs, workers: usize, profile: bool) -> Result<Launched> {
         device: args.device,
         max_model_len: args.max_model_len,
         quantization: args.quant,
+        pack_cache: args.pack_cache.clone(),
     };
     let config = EngineConfig {
         max_num_seqs: workers,

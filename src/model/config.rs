@@ -52,6 +52,11 @@ impl Config {
         Self { file: file.into(), fields, read: HashSet::new() }
     }
 
+    /// All fields, as JSON.
+    pub(super) fn text(&self) -> String {
+        Value::Object(self.fields.clone()).to_string()
+    }
+
     pub(super) fn error(&self, field: &str, problem: impl ToString) -> LoadError {
         LoadError::Config { file: self.file.clone(), field: field.into(), problem: problem.to_string() }
     }

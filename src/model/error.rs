@@ -41,6 +41,10 @@ impl LoadError {
         |source| Self::Io { path: path.to_path_buf(), source }
     }
 
+    pub(super) fn pack_cache(path: &Path, problem: String) -> Self {
+        Self::file(path, format!("{problem}: remove this file, or leave out --pack-cache"))
+    }
+
     pub(super) fn file(path: &Path, problem: impl ToString) -> Self {
         Self::File { path: path.to_path_buf(), problem: problem.to_string() }
     }

@@ -1,7 +1,9 @@
 //! A checkpoint's identity.
 
 use super::LoadError;
+use super::config::Config;
 use super::hub::Files;
+use super::load::Source;
 use crate::types::hex;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -28,11 +30,43 @@ pub fn hash(files: &Files) -> Result<String, LoadError> {
     Ok(hex(&hasher.finalize()))
 }
 
-fn sum(path: &Path) -> Result<String, LoadError> {
-    let blob = path.canonicalize().ok().filter(|target| target.parent().is_some_and(|dir| dir.ends_with("blobs")));
-    let name = blob.and_then(|target| Some(target.file_name()?.to_str()?.to_string()));
+/// What tells a checkpoint's packed weights from others without reading it: SHA-256 over config.json, `form`, and of every
+/// file of weights its blob's sum in the hub's cache, else its path, size and time of change; of random ones the seed.
+///
+/// # Errors
+/// A file that is not there.
+pub(super) fn stamp(source: Source<'_>, config: &Config, form: &str) -> Result<String, LoadError> {
+    let mut hasher = Sha256::new();
+    hasher.update(format!("{form}\n{}\n", config.text()));
+    match source {
+        Source::Files(files) => {
+            for path in &files.weights {
+                let line = match blob(path) {
+                    Some(sum) => sum,
+                    None => {
+                        let path = path.canonicalize().map_err(LoadError::io(path))?;
+                        let metadata = path.metadata().map_err(LoadError::io(&path))?;
+                        format!("{} {} {:?}", path.display(), metadata.len(), metadata.modified().ok())
+                    }
+                };
+                hasher.update(format!("{line}\n"));
+            }
+        }
+        Source::Random { seed, .. } => hasher.update(format!("random {seed}\n")),
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// The sum of a file in the hub's cache, where it is its name.
+fn blob(path: &Path) -> Option<String> {
+    let target = path.canonicalize().ok().filter(|target| target.parent().is_some_and(|dir| dir.ends_with("blobs")))?;
+    let name = target.file_name()?.to_str()?.to_string();
     let digits = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
-    if let Some(name) = name.filter(|name| name.len() == 64 && name.chars().all(digits)) {
+    (name.len() == 64 && name.chars().all(digits)).then_some(name)
+}
+
+fn sum(path: &Path) -> Result<String, LoadError> {
+    if let Some(name) = blob(path) {
         return Ok(name);
     }
     let mut hasher = Sha256::new();

@@ -4,6 +4,7 @@
 //! and an async runtime for a chunked transfer that needs the hub's own servers. Both share the Python cache.
 
 use super::LoadError;
+use super::gguf::{self, is_gguf};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -25,7 +26,7 @@ pub struct Files {
     pub tokenizer_config: Option<PathBuf>,
     /// Where newer checkpoints keep it.
     pub chat_template: Option<PathBuf>,
-    /// One safetensors file, or all shards.
+    /// One safetensors or GGUF file, or all shards.
     pub weights: Vec<PathBuf>,
 }
 
@@ -73,13 +74,28 @@ const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Finds the files of `model`: a directory, or a hub id such as `mistralai/Mixtral-8x7B-v0.1`.
+/// Finds the files of `model`: a directory, a GGUF file beside its config.json and tokenizer.json, or a hub id such as `mistralai/Mixtral-8x7B-v0.1`.
 ///
 /// # Errors
 /// A directory without a needed file, an id that does not exist, is gated, has no safetensors, or is not in the
 /// cache when offline.
 pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Result<Files, LoadError> {
-    gather(("--model", model), options, bars, collect)
+    if let Some((dir, file)) = gguf_file(model) {
+        let mut find = |name: &str| Ok(Some(dir.join(name)).filter(|path| path.is_file()));
+        return collect(&dir.display().to_string(), Some(gguf::parts(file)?), &mut find);
+    }
+    let path = Path::new(model);
+    let has = |name: &str| path.join(name).is_file();
+    let gguf = if path.is_dir() && !has(SINGLE) && !has(INDEX) { gguf::find(path)? } else { None };
+    gather(("--model", model), options, bars, |model, find| collect(model, gguf.clone(), find))
+}
+
+/// A GGUF file that is named itself, with its directory.
+fn gguf_file(model: &str) -> Option<(&Path, &Path)> {
+    let path = Path::new(model);
+    let named = is_gguf(path) && path.is_file();
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    named.then_some((dir, path))
 }
 
 /// Finds config.json of `model` alone: a file, the directory it is in, or a hub id. `flag` is where it was given.
@@ -215,8 +231,9 @@ fn find_cached(cache: &Cache, repo: &Repo, name: &str) -> Option<PathBuf> {
     by_ref.or_else(|| Some(by_commit()).filter(|p| p.is_file()))
 }
 
-/// Gathers the files of a checkpoint through `find`, which gives the path of a file or `None` where there is none.
-fn collect(model: &str, find: Find<'_>) -> Result<Files, LoadError> {
+/// Gathers the files of a checkpoint through `find`, which gives the path of a file or `None` where there is none; its
+/// weights unless they are given.
+fn collect(model: &str, weights: Option<Vec<PathBuf>>, find: Find<'_>) -> Result<Files, LoadError> {
     let missing = |name: &str| LoadError::Hub(format!("{model} has no {name}"));
     let config = find(CONFIG)?.ok_or_else(|| missing(CONFIG))?;
     let tokenizer = find(TOKENIZER)?.ok_or_else(|| {
@@ -224,6 +241,9 @@ fn collect(model: &str, find: Find<'_>) -> Result<Files, LoadError> {
     })?;
     let generation_config = find(GENERATION)?;
     let (tokenizer_config, chat_template) = (find(TOKENIZER_CONFIG)?, find(CHAT_TEMPLATE)?);
+    if let Some(weights) = weights {
+        return Ok(Files { config, generation_config, tokenizer, tokenizer_config, chat_template, weights });
+    }
     let weights = match find(INDEX)? {
         Some(index) => {
             let mut shards = Vec::new();
@@ -237,7 +257,7 @@ fn collect(model: &str, find: Find<'_>) -> Result<Files, LoadError> {
         }
         None => vec![find(SINGLE)?.ok_or_else(|| {
             LoadError::Hub(format!(
-                "{model} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded (no pickle)"
+                "{model} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded, and GGUF files of this machine (no pickle)"
             ))
         })?],
     };

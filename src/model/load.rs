@@ -1,15 +1,17 @@
 //! From files to a model: config.json decides the family, the family takes its tensors, nothing may be left over.
 
 use super::config::{Config, cut_layers, max_positions, stored_dtype};
+use super::hash::stamp;
 use super::hub::Files;
 use super::{CausalLm, FAMILIES, LoadError, Loader, Weights};
-use crate::ops::Backend;
+use crate::ops::{Backend, PackCache};
 use crate::types::{DeviceChoice, DtypeChoice, Quantization, TokenId};
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How to load.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct LoadOptions {
     pub dtype: DtypeChoice,
     pub device: DeviceChoice,
@@ -17,6 +19,8 @@ pub struct LoadOptions {
     pub max_model_len: Option<usize>,
     /// In what forms weights are kept.
     pub quantization: Quantization,
+    /// Directory in which packed weights are kept, so that later starts need not pack them.
+    pub pack_cache: Option<PathBuf>,
 }
 
 /// A model and what else its files say.
@@ -105,10 +109,25 @@ pub fn load_from(
     });
     let backend = Backend::select(options.device, options.dtype, weights.stored_dtype())?;
     let backend = backend.quantized(options.quantization)?;
+    let cache = match &options.pack_cache {
+        Some(dir) => {
+            let form = format!("{:?} {}", backend.dtype(), backend.quantization());
+            let key = stamp(source, &config, &form)?;
+            Some(Arc::new(PackCache::open(dir, &key).map_err(LoadError::io(&dir.join(format!("{key}.packed"))))?))
+        }
+        None => None,
+    };
+    if cache.as_ref().is_some_and(|cache| cache.reads()) {
+        weights.leave_matrices();
+    }
+    let backend = backend.cached(cache.clone())?;
     let mut model = (family.build)(
         &mut config,
         &mut Loader { weights: &mut weights, backend: &backend, positions: max_model_len },
     )?;
+    if let Some(cache) = cache {
+        cache.finish().map_err(|problem| LoadError::pack_cache(cache.path(), problem))?;
+    }
     let parameters = weights.parameters();
     if model.tied {
         // Some files store the LM head although it is tied.

@@ -4,6 +4,7 @@
 mod config;
 mod decoder;
 mod error;
+mod gguf;
 mod hash;
 pub mod hub;
 mod load;

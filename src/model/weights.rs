@@ -1,10 +1,11 @@
-//! Reads tensors out of safetensors files, or makes them up, one at a time, and keeps account of what was read.
+//! Reads tensors out of safetensors or GGUF files, or makes them up, one at a time, and keeps account of what was read.
 
 use super::LoadError;
+use super::gguf::{self, is_gguf};
 use super::random::RandomWeights;
 use crate::ops::HostTensor;
 use candle_core::DType;
-use safetensors::tensor::{Dtype, Metadata};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
@@ -22,6 +23,8 @@ pub struct Weights {
     left: HashMap<String, Entry>,
     /// Has every tensor that is asked for, beside the files.
     random: Option<RandomWeights>,
+    /// Whether only their shapes are wanted of matrices.
+    leaves_matrices: bool,
     stored: DType,
     parameters: usize,
     on_read: Box<dyn FnMut(u64)>,
@@ -29,10 +32,37 @@ pub struct Weights {
 
 struct Entry {
     file: usize,
-    dtype: Dtype,
+    form: Form,
     shape: Vec<usize>,
     start: u64,
     bytes: usize,
+}
+
+/// How a tensor's bytes are to be understood.
+#[derive(Clone, Copy)]
+enum Form {
+    Safetensors(Dtype),
+    Gguf(gguf::Form),
+}
+
+impl Form {
+    /// What a model of such weights runs in, if it can.
+    fn float(self) -> Option<DType> {
+        match self {
+            Self::Safetensors(Dtype::BF16) => Some(DType::BF16),
+            Self::Safetensors(Dtype::F16) => Some(DType::F16),
+            Self::Safetensors(Dtype::F32) => Some(DType::F32),
+            Self::Safetensors(_) => None,
+            Self::Gguf(form) => Some(form.dtype()),
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Safetensors(dtype) => format!("{dtype:?}"),
+            Self::Gguf(form) => format!("{form:?}"),
+        }
+    }
 }
 
 impl Weights {
@@ -42,30 +72,38 @@ impl Weights {
     /// A file that cannot be read, is truncated, or whose header lies.
     pub fn open(paths: &[PathBuf]) -> Result<Self, LoadError> {
         let mut weights = Self::empty(DType::F32);
-        let mut bytes_of = BTreeMap::<Dtype, usize>::new();
+        let mut first = None;
         for path in paths {
             let file = File::open(path).map_err(LoadError::io(path))?;
-            let (metadata, data_start) = read_header(path, &file)?;
-            for (name, info) in metadata.tensors() {
-                let (start, end) = info.data_offsets;
-                let entry = Entry {
-                    file: weights.files.len(),
-                    dtype: info.dtype,
-                    shape: info.shape.clone(),
-                    start: data_start + start as u64,
-                    bytes: end - start,
+            let index = weights.files.len();
+            let entries = if is_gguf(path) {
+                let (header, tensors) = gguf::read(path, &file, first.as_ref())?;
+                first = first.or(header);
+                let entry = |tensor: gguf::Stored| {
+                    let gguf::Stored { name, shape, start, bytes, form } = tensor;
+                    (name, Entry { file: index, form: Form::Gguf(form), shape, start, bytes })
                 };
-                *bytes_of.entry(info.dtype).or_default() += entry.bytes;
+                tensors.into_iter().map(entry).collect()
+            } else {
+                safetensors_entries(path, &file, index)?
+            };
+            weights.files.push((path.clone(), file));
+            for (name, entry) in entries {
                 if let Some(first) = weights.left.insert(name.clone(), entry) {
                     let first = &weights.files[first.file].0;
                     return Err(LoadError::file(path, format!("tensor `{name}` is in {} too", first.display())));
                 }
             }
-            weights.files.push((path.clone(), file));
         }
-        let most = bytes_of.into_iter().max_by_key(|(_, bytes)| *bytes);
-        let most = most.ok_or_else(|| LoadError::file(Path::new("model.safetensors"), "holds no tensors"))?.0;
-        weights.stored = float(most).ok_or_else(|| weights.not_a_float(most))?;
+        let mut bytes_of = BTreeMap::<String, (usize, Form)>::new();
+        for entry in weights.left.values() {
+            bytes_of.entry(entry.form.name()).or_insert((0, entry.form)).0 += entry.bytes;
+        }
+        let most = bytes_of.into_values().max_by_key(|(bytes, _)| *bytes);
+        let nameless = Path::new("model.safetensors");
+        let path = paths.first().map_or(nameless, |path| path);
+        let (_, most) = most.ok_or_else(|| LoadError::file(path, "holds no tensors"))?;
+        weights.stored = most.float().ok_or_else(|| weights.not_a_float(&most.name()))?;
         Ok(weights)
     }
 
@@ -76,12 +114,26 @@ impl Weights {
 
     fn empty(stored: DType) -> Self {
         let on_read = Box::new(|_| {});
-        Self { files: Vec::new(), left: HashMap::new(), random: None, stored, parameters: 0, on_read }
+        Self {
+            files: Vec::new(),
+            left: HashMap::new(),
+            random: None,
+            leaves_matrices: false,
+            stored,
+            parameters: 0,
+            on_read,
+        }
     }
 
-    fn not_a_float(&self, dtype: Dtype) -> LoadError {
-        let name = self.left.iter().filter(|(_, e)| e.dtype == dtype).map(|(n, _)| n.clone()).min().unwrap_or_default();
-        LoadError::TensorDtype { name, found: format!("{dtype:?}") }
+    fn not_a_float(&self, form: &str) -> LoadError {
+        let with_it = self.left.iter().filter(|(_, e)| e.form.name() == form);
+        let name = with_it.map(|(name, _)| name.clone()).min().unwrap_or_default();
+        LoadError::TensorDtype { name, found: form.into() }
+    }
+
+    /// Matrices are not read from now on: they are packed already.
+    pub fn leave_matrices(&mut self) {
+        self.leaves_matrices = true;
     }
 
     /// Has `on_read` told the bytes of every tensor read from now on.
@@ -115,12 +167,17 @@ impl Weights {
     /// A tensor that is missing, has another shape, is no float, or cannot be read.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor, LoadError> {
         let tensor = match &self.random {
+            Some(_) if self.leaves(shape) => HostTensor::unread(DType::BF16, shape.to_vec()),
             Some(random) => random.tensor(name, shape),
             None => self.read(name.to_string(), shape)?,
         };
         self.parameters += shape.iter().product::<usize>();
         (self.on_read)(tensor.bytes() as u64);
         Ok(tensor)
+    }
+
+    fn leaves(&self, shape: &[usize]) -> bool {
+        self.leaves_matrices && shape.len() == 2
     }
 
     fn read(&mut self, name: String, shape: &[usize]) -> Result<HostTensor, LoadError> {
@@ -130,13 +187,22 @@ impl Weights {
         if entry.shape != shape {
             return Err(LoadError::TensorShape { name, found: entry.shape, expected: shape.to_vec() });
         }
-        let Some(dtype) = float(entry.dtype) else {
-            return Err(LoadError::TensorDtype { name, found: format!("{:?}", entry.dtype) });
+        let Some(dtype) = entry.form.float() else {
+            return Err(LoadError::TensorDtype { name, found: entry.form.name() });
         };
+        if self.leaves(shape) {
+            return Ok(HostTensor::unread(dtype, entry.shape));
+        }
         let mut bytes = vec![0; entry.bytes];
         let (path, file) = &self.files[entry.file];
         file.read_exact_at(&mut bytes, entry.start).map_err(LoadError::io(path))?;
-        Ok(HostTensor::new(dtype, entry.shape, bytes))
+        match entry.form {
+            Form::Safetensors(_) => Ok(HostTensor::new(dtype, entry.shape, bytes)),
+            Form::Gguf(form) => {
+                let widened = form.widen(entry.shape, bytes);
+                widened.map_err(|error| LoadError::file(path, format!("tensor `{name}`: {error}")))
+            }
+        }
     }
 
     /// Drops tensors that inference has no use for.
@@ -160,13 +226,14 @@ impl Weights {
     }
 }
 
-fn float(dtype: Dtype) -> Option<DType> {
-    match dtype {
-        Dtype::BF16 => Some(DType::BF16),
-        Dtype::F16 => Some(DType::F16),
-        Dtype::F32 => Some(DType::F32),
-        _ => None,
-    }
+fn safetensors_entries(path: &Path, file: &File, index: usize) -> Result<Vec<(String, Entry)>, LoadError> {
+    let (metadata, data_start) = read_header(path, file)?;
+    let entry = |(name, info): (String, &TensorInfo)| {
+        let (start, end) = info.data_offsets;
+        let (form, shape) = (Form::Safetensors(info.dtype), info.shape.clone());
+        (name, Entry { file: index, form, shape, start: data_start + start as u64, bytes: end - start })
+    };
+    Ok(metadata.tensors().into_iter().map(entry).collect())
 }
 
 /// The header, and where the data begins.

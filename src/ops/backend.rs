@@ -1,8 +1,10 @@
 //! Which device and dtype the model runs on.
 
+use super::PackCache;
 use super::cpu::Packing;
-use crate::types::{DeviceChoice, DtypeChoice, Quantization};
+use crate::types::{DeviceChoice, DtypeChoice, Quantization, WeightFormat};
 use candle_core::{DType, Device};
+use std::sync::Arc;
 
 /// A device and the dtype that weights are kept in.
 #[derive(Clone, Debug)]
@@ -10,6 +12,7 @@ pub struct Backend {
     pub(super) device: Device,
     dtype: DType,
     quantization: Quantization,
+    pack_cache: Option<Arc<PackCache>>,
 }
 
 /// Why no backend fits the choices.
@@ -26,6 +29,8 @@ pub enum BackendError {
     Stored(DType),
     #[error("--quant {0}: weights are quantised on the CPU alone; on {1} use --quant none")]
     Quantized(Quantization, String),
+    #[error("--pack-cache: weights are packed on the CPU alone; leave it out on {0}")]
+    PackCache(String),
 }
 
 impl Backend {
@@ -41,12 +46,12 @@ impl Backend {
             (DtypeChoice::Auto, DType::BF16 | DType::F16 | DType::F32) => stored,
             (DtypeChoice::Auto, other) => return Err(BackendError::Stored(other)),
         };
-        Ok(Self { device: open(device)?, dtype, quantization: Quantization::default() })
+        Ok(Self { device: open(device)?, dtype, quantization: Quantization::default(), pack_cache: None })
     }
 
     /// The CPU with weights kept as `dtype`.
     pub fn cpu(dtype: DType) -> Self {
-        Self { device: Device::Cpu, dtype, quantization: Quantization::default() }
+        Self { device: Device::Cpu, dtype, quantization: Quantization::default(), pack_cache: None }
     }
 
     /// The same with weights kept in the forms of `quantization`.
@@ -58,6 +63,17 @@ impl Backend {
             return Err(BackendError::Quantized(quantization, self.describe()));
         }
         Ok(Self { quantization, ..self })
+    }
+
+    /// The same with packed weights kept in `cache`, or taken from it.
+    ///
+    /// # Errors
+    /// CUDA, where nothing is packed.
+    pub fn cached(self, cache: Option<Arc<PackCache>>) -> Result<Self, BackendError> {
+        if cache.is_some() && !self.device.is_cpu() {
+            return Err(BackendError::PackCache(self.describe()));
+        }
+        Ok(Self { pack_cache: cache, ..self })
     }
 
     /// Where tensors live.
@@ -77,12 +93,21 @@ impl Backend {
 
     /// What routed experts are packed as.
     pub(super) fn expert_packing(&self) -> Packing {
-        Packing { dtype: self.dtype, format: self.quantization.experts }
+        self.packing(self.dtype, self.quantization.experts)
     }
 
     /// What all other projections are packed as.
     pub(super) fn dense_packing(&self) -> Packing {
-        Packing { dtype: self.dtype, format: self.quantization.dense }
+        self.packing(self.dtype, self.quantization.dense)
+    }
+
+    /// What is packed in f32 whatever the backend's dtype.
+    pub(super) fn f32_packing(&self) -> Packing {
+        self.packing(DType::F32, WeightFormat::Plain)
+    }
+
+    fn packing(&self, dtype: DType, format: WeightFormat) -> Packing {
+        Packing { dtype, format, cache: self.pack_cache.clone() }
     }
 
     /// Bytes of memory the device has free, where that can be told.

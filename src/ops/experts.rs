@@ -149,7 +149,7 @@ impl ExpertsBuilder {
         }
         match &mut self.inner {
             BuilderInner::Cpu(experts) => {
-                experts.push(cpu::PackedFfn::pack(net, self.activation, self.packing));
+                experts.push(cpu::PackedFfn::pack(net, self.activation, &self.packing));
                 Ok(())
             }
             #[cfg(feature = "cuda")]

@@ -19,6 +19,11 @@ impl HostTensor {
         Self { dtype, shape, bytes }
     }
 
+    /// One whose elements were not read, as they are wanted packed alone and lie so in a cache.
+    pub fn unread(dtype: DType, shape: Vec<usize>) -> Self {
+        Self { dtype, shape, bytes: Vec::new() }
+    }
+
     /// From f32 values, for tests and made-up weights.
     pub fn from_f32(shape: &[usize], values: &[f32]) -> Self {
         Self::new(DType::F32, shape.to_vec(), values.iter().flat_map(|v| v.to_le_bytes()).collect())
@@ -28,9 +33,9 @@ impl HostTensor {
         &self.shape
     }
 
-    /// Bytes it takes.
+    /// Bytes its elements take.
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
     }
 
     /// Rows and columns of a matrix.
@@ -43,6 +48,7 @@ impl HostTensor {
 
     /// Elements `start..start + out.len()` as f32, exactly.
     pub(super) fn read_f32(&self, start: usize, out: &mut [f32]) {
+        assert!(self.bytes.len() == self.bytes(), "a tensor of shape {:?} was not read", self.shape);
         let size = self.dtype.size_in_bytes();
         let bytes = &self.bytes[start * size..(start + out.len()) * size];
         match self.dtype {
@@ -62,6 +68,15 @@ impl HostTensor {
                 }
             }
         }
+    }
+
+    /// A matrix of the same shape whose every row is the one that `from(row, rows)` names.
+    pub fn map_rows(self, from: impl Fn(usize, usize) -> usize) -> Self {
+        let (rows, _) = self.dims2();
+        let size = self.bytes.len() / rows.max(1);
+        let row = |row: usize| &self.bytes[from(row, rows) * size..][..size];
+        let bytes = (0..rows).flat_map(row).copied().collect();
+        Self { bytes, ..self }
     }
 
     /// All elements as f32.

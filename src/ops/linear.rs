@@ -21,19 +21,19 @@ enum Weight {
 impl Linear {
     /// W is `[O, I]`, b is `[O]`.
     pub fn new(weight: &HostTensor, bias: Option<&HostTensor>, backend: &Backend) -> Result<Self> {
-        Self::with_packing(weight, bias, backend, backend.dense_packing())
+        Self::with_packing(weight, bias, backend, &backend.dense_packing())
     }
 
     /// Like [`Self::new`] in f32 whatever the backend's dtype: for gates, whose choices must not hang on rounding.
     pub fn full_precision(weight: &HostTensor, backend: &Backend) -> Result<Self> {
-        Self::with_packing(weight, None, backend, DType::F32.into())
+        Self::with_packing(weight, None, backend, &backend.f32_packing())
     }
 
     fn with_packing(
         weight: &HostTensor,
         bias: Option<&HostTensor>,
         backend: &Backend,
-        packing: cpu::Packing,
+        packing: &cpu::Packing,
     ) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if backend.device.is_cuda() {

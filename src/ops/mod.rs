@@ -27,7 +27,7 @@ mod testing;
 mod threads;
 
 pub use backend::{Backend, BackendError};
-pub use cpu::Machine;
+pub use cpu::{Machine, PackCache};
 pub use experts::{Experts, ExpertsBuilder, FeedForward, HostFfn, HostLinear};
 pub use host::HostTensor;
 pub use kv::{KvCache, KvShape, Segment, StepLayout, attention};

@@ -51,14 +51,8 @@ impl Norm {
     /// `x [T, n·W] → [T, n·W]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.parameters {
-            Parameters::Cpu { weight, bias } => {
-                let mut y = cpu::host_f32(x)?;
-                match bias {
-                    None => cpu::rms_norm(&mut y, weight, self.eps),
-                    Some(bias) => cpu::layer_norm(&mut y, weight, bias, self.eps),
-                }
-                Tensor::from_vec(y, x.shape(), x.device())
-            }
+            Parameters::Cpu { weight, bias: None } => cpu::rms_norm(x, weight, self.eps),
+            Parameters::Cpu { weight, bias: Some(bias) } => cpu::layer_norm(x, weight, bias, self.eps),
             #[cfg(feature = "cuda")]
             Parameters::Cuda { weight, bias: None } => super::cuda::rms_norm(x, weight, self.eps),
             #[cfg(feature = "cuda")]

@@ -48,11 +48,7 @@ impl Rotary {
     /// Rotates every head of `x [T, heads·hd]` by its token's position.
     pub fn forward(&self, x: &Tensor, step: &StepLayout) -> Result<Tensor> {
         match &self.tables {
-            Tables::Cpu { cos, sin } => {
-                let mut y = cpu::host_f32(x)?;
-                cpu::rotate(&mut y, step.positions(), self.head_dim, cos, sin);
-                Tensor::from_vec(y, x.shape(), x.device())
-            }
+            Tables::Cpu { cos, sin } => cpu::rotate(x, step.positions(), self.head_dim, (cos, sin)),
             #[cfg(feature = "cuda")]
             Tables::Cuda { cos, sin } => super::cuda::rotate(x, step, self.head_dim, cos, sin),
         }

@@ -13,6 +13,8 @@ pub enum WeightFormat {
     Q8_0,
     /// 32 inputs share a scale, 4 bits each: 4.5 bits a weight.
     Q4_0,
+    /// 32 inputs share a step and an offset of 6 bits each, kept in 8, and 256 their scales; 4 bits each: 4.625 bits a weight.
+    Q4K,
 }
 
 /// In what form the two kinds of weights are kept. Gates, norms and biases are never quantised.
@@ -24,15 +26,19 @@ pub struct Quantization {
     pub dense: WeightFormat,
 }
 
-const FORMATS: [(&str, WeightFormat); 3] =
-    [("none", WeightFormat::Plain), ("q8_0", WeightFormat::Q8_0), ("q4_0", WeightFormat::Q4_0)];
+const FORMATS: [(&str, WeightFormat); 4] = [
+    ("none", WeightFormat::Plain),
+    ("q8_0", WeightFormat::Q8_0),
+    ("q4_0", WeightFormat::Q4_0),
+    ("q4_k", WeightFormat::Q4K),
+];
 
 impl FromStr for WeightFormat {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
         let known = FORMATS.iter().find(|(name, _)| *name == s);
-        known.map(|(_, format)| *format).ok_or_else(|| format!("unknown format `{s}`: use none, q8_0 or q4_0"))
+        known.map(|(_, format)| *format).ok_or_else(|| format!("unknown format `{s}`: use none, q8_0, q4_k or q4_0"))
     }
 }
 
@@ -83,14 +89,14 @@ mod tests {
 
     #[test]
     fn forms_read_back_what_they_print_and_refuse_the_rest() {
-        for s in ["none", "q8_0", "q4_0", "experts=q4_0,dense=q8_0", "experts=none,dense=q4_0"] {
+        for s in ["none", "q8_0", "q4_0", "q4_k", "experts=q4_0,dense=q8_0", "experts=none,dense=q4_0"] {
             assert_eq!(s.parse::<Quantization>().unwrap().to_string(), s);
         }
         let experts = Quantization { experts: WeightFormat::Q4_0, dense: WeightFormat::Plain };
         assert_eq!("experts=q4_0".parse(), Ok(experts));
         for (s, problem) in [
-            ("q5_k", "use none, q8_0 or q4_0"),
-            ("experts=int8", "use none, q8_0 or q4_0"),
+            ("q5_k", "use none, q8_0, q4_k or q4_0"),
+            ("experts=int8", "use none, q8_0, q4_k or q4_0"),
             ("experts=", "unknown format ``"),
             ("heads=q8_0", "experts=FORMAT"),
             ("dense=q8_0,dense=none", "given twice"),

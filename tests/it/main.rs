@@ -18,6 +18,7 @@ mod eval;
 mod eval_cli;
 mod eval_golden;
 mod eval_prompts;
+mod gguf;
 mod golden;
 mod http;
 mod http_infra;
@@ -33,6 +34,7 @@ mod mock_hub;
 mod moe_lm;
 #[cfg(feature = "otel")]
 mod otel;
+mod pack_cache;
 mod pages;
 mod process;
 mod readme;

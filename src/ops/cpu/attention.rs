@@ -2,6 +2,7 @@
 
 use super::attention_kernel::{CHUNK, Rows};
 use super::isa::{Isa, multiversion};
+use super::rows::FLOPS_PER_COPY;
 use super::{SharedOut, for_each};
 use crate::ops::kv::{KvShape, Segment, StepLayout};
 use candle_core::DType;
@@ -45,7 +46,7 @@ impl<E: Copy> Pair<E> {
     }
 }
 
-trait Element: Copy + Sync + Sized {
+trait Element: Copy + Send + Sync + Sized {
     fn narrow(x: f32) -> Self;
     fn widen(self) -> f32;
     /// [`widen_body`] compiled for this processor.
@@ -238,23 +239,40 @@ impl Place {
     }
 
     fn write<E: Element>(&self, k_out: &mut [E], v_out: &mut [E], k: &[f32], v: &[f32], step: &StepLayout) {
-        let (hd, row) = (self.head_dim, self.kv_heads * self.head_dim);
+        let (hd, row, block_len) = (self.head_dim, self.kv_heads * self.head_dim, self.block_size * self.head_dim);
+        // Blocks that are written, each with the first of its tokens.
+        let mut parts = Vec::new();
         let mut t = 0;
         for segment in step.segments() {
             for part in self.by_block(segment.start..segment.start + segment.len) {
-                for head in 0..self.kv_heads {
-                    let (block, slot) = (self.block(segment, part.start, head), part.start % self.block_size);
-                    for (i, slot) in (slot..slot + part.len()).enumerate() {
-                        let at = (t + i) * row + head * hd;
-                        let to = k_out[block + slot..].iter_mut().step_by(self.block_size);
-                        to.zip(&k[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
-                        let to = &mut v_out[block + slot * hd..];
-                        to.iter_mut().zip(&v[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
-                    }
-                }
-                t += part.len();
+                let len = part.len();
+                parts.push((segment, part, t));
+                t += len;
             }
         }
+        let mut written: Vec<_> = parts.iter().map(|(segment, part, _)| self.block(segment, part.start, 0)).collect();
+        written.sort_unstable();
+        assert!(
+            written.windows(2).all(|pair| pair[0] < pair[1]),
+            "a block of the KV cache is written for two sequences"
+        );
+        let (k_out, v_out) = (SharedOut::new(k_out), SharedOut::new(v_out));
+        for_each(parts.len(), 2 * t * row * FLOPS_PER_COPY, |item| {
+            let (segment, part, t) = &parts[item];
+            for head in 0..self.kv_heads {
+                let (block, slot) = (self.block(segment, part.start, head), part.start % self.block_size);
+                // SAFETY: items have different blocks.
+                let [k_out, v_out] =
+                    [k_out, v_out].map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(block), block_len) });
+                for (i, slot) in (slot..slot + part.len()).enumerate() {
+                    let at = (t + i) * row + head * hd;
+                    let to = k_out[slot..].iter_mut().step_by(self.block_size);
+                    to.zip(&k[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
+                    let to = &mut v_out[slot * hd..];
+                    to.iter_mut().zip(&v[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
+                }
+            }
+        });
     }
 
     /// Cuts `positions` at the edges of blocks.

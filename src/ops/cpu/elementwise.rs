@@ -1,44 +1,74 @@
-//! Arithmetic element by element, on the one pool that computes everything else: candle's operations have a pool of their
-//! own, whose threads wait actively and would take the cores from ours.
+//! Arithmetic element by element and row by row, on the one pool that computes everything else: candle's operations have a
+//! pool of their own, whose threads wait actively and would take the cores from ours.
 
 use super::rows::FLOPS_PER_COPY;
-use super::{SharedOut, for_each, host_f32, with_f32};
+use super::{SharedOut, for_each, with_f32};
 use candle_core::{Device, Result, Tensor};
 
-/// Elements of a work item.
-const CHUNK: usize = 1 << 15;
+/// Elements of a work item: what it copies is still in the first cache when it is changed.
+const CHUNK: usize = 1 << 13;
 
 /// `x + y`, of one shape.
 pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.shape() != y.shape() {
         candle_core::bail!("{:?} cannot be added to {:?}", y.shape(), x.shape());
     }
-    let mut sum = host_f32(x)?;
-    with_f32(y, |y| in_chunks(&mut sum, |start, part| part.iter_mut().zip(&y[start..]).for_each(|(s, y)| *s += y)))?;
-    Tensor::from_vec(sum, x.shape(), &Device::Cpu)
+    with_f32(y, |y| changed(x, 1, |start, part| part.iter_mut().zip(&y[start..]).for_each(|(x, y)| *x += y)))?
 }
 
 /// `x`, cut to `low..=high`.
 pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
-    let mut cut = host_f32(x)?;
-    in_chunks(&mut cut, |_, part| part.iter_mut().for_each(|x| *x = x.clamp(low, high)));
-    Tensor::from_vec(cut, x.shape(), &Device::Cpu)
+    changed(x, 1, |_, part| part.iter_mut().for_each(|x| *x = x.clamp(low, high)))
 }
 
 /// Adds `bias` to every row of `y`.
 pub(super) fn add_bias(y: &mut [f32], bias: &[f32]) {
-    in_chunks(y, |start, part| {
-        part.iter_mut().zip(bias.iter().cycle().skip(start % bias.len())).for_each(|(y, b)| *y += b);
+    let (len, out) = (y.len(), SharedOut::new(y));
+    in_chunks(len, bias.len(), |row, start, chunk| {
+        debug_assert_eq!(row * bias.len(), start);
+        // SAFETY: items have disjoint chunks.
+        let part = unsafe { std::slice::from_raw_parts_mut(out.from(start), chunk) };
+        part.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
     });
 }
 
-/// Calls `body` for chunks of `values`, with the place where each begins.
-fn in_chunks(values: &mut [f32], body: impl Fn(usize, &mut [f32]) + Sync + Send) {
-    let len = values.len();
-    let out = SharedOut::new(values);
-    for_each(len.div_ceil(CHUNK), len * FLOPS_PER_COPY, |item| {
-        let start = item * CHUNK;
-        // SAFETY: items have disjoint chunks.
-        body(start, unsafe { std::slice::from_raw_parts_mut(out.from(start), CHUNK.min(len - start)) });
+/// What `body` makes of `x` in place, some whole rows of `row` elements at a time; it is told which row is their first.
+pub(super) fn changed(x: &Tensor, row: usize, body: impl Fn(usize, &mut [f32]) + Sync + Send) -> Result<Tensor> {
+    let y = with_f32(x, |x| {
+        // SAFETY: items copy all of `x`, chunk by chunk.
+        unsafe {
+            written(x.len(), |out| {
+                in_chunks(x.len(), row, |first, start, chunk| {
+                    // Items write disjoint chunks.
+                    let to = out.from(start);
+                    std::ptr::copy_nonoverlapping(x[start..start + chunk].as_ptr(), to, chunk);
+                    body(first, std::slice::from_raw_parts_mut(to, chunk));
+                });
+            })
+        }
+    })?;
+    Tensor::from_vec(y, x.shape(), &Device::Cpu)
+}
+
+/// `len` elements that `write` puts there, without zeros before.
+///
+/// # Safety
+/// It must write all of them.
+pub(super) unsafe fn written(len: usize, write: impl FnOnce(SharedOut)) -> Vec<f32> {
+    let mut y = Vec::with_capacity(len);
+    write(SharedOut::unwritten(&mut y));
+    // SAFETY: the capacity is there, and the caller's word that elements are written.
+    unsafe { y.set_len(len) };
+    y
+}
+
+/// Calls `body` for chunks of `len` elements, whole rows of `row` each: with a chunk's first row, first element and length.
+fn in_chunks(len: usize, row: usize, body: impl Fn(usize, usize, usize) + Sync + Send) {
+    let row = row.max(1);
+    assert!(len.is_multiple_of(row), "{len} elements are no rows of {row}");
+    let rows = (CHUNK / row).max(1);
+    for_each(len.div_ceil(rows * row), len * FLOPS_PER_COPY, |item| {
+        let start = item * rows * row;
+        body(item * rows, start, (rows * row).min(len - start));
     });
 }

@@ -1,11 +1,12 @@
 //! Feed-forward nets over packed weights: gate and up fused with the activation, then down, then the weighted sum per
 //! token.
 
+use super::elementwise::add_bias;
 use super::isa::multiversion;
 use super::kernel::{counted_rows, matmul, multiply};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
-use super::rows::{FLOPS_PER_COPY, Form, ROWS_PER_ITEM, RowBuffer, Rows};
+use super::rows::{Form, RowBuffer, Rows};
 use super::{SharedOut, for_each, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
@@ -31,7 +32,7 @@ pub(crate) struct PackedFfn {
 
 impl PackedFfn {
     /// `net` must have a gate iff the activation has one.
-    pub(crate) fn pack(net: &HostFfn, activation: Activation, packing: Packing) -> Self {
+    pub(crate) fn pack(net: &HostFfn, activation: Activation, packing: &Packing) -> Self {
         let inner: Vec<_> = net.gate.iter().chain([&net.up]).collect();
         let width = net.up.weight.dims2().0;
         let weights: Vec<&HostTensor> = inner.iter().map(|linear| &linear.weight).collect();
@@ -203,7 +204,6 @@ fn add_scaled_body(sum: &mut [f32], scale: f32, x: &[f32]) {
 /// One net for every token: `x [T, D] → [T, D]`.
 pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
     let (tokens, d) = x.dims2()?;
-    let mut y = vec![0.0; tokens * d];
     let h = RowBuffer::new(Form::of(&net.down), tokens, net.width);
     with_f32(x, |x| {
         let buffer = (Form::of(&net.inner) == Form::Bf16).then(|| RowBuffer::rounded(x, d));
@@ -215,9 +215,9 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
             unsafe { net.hidden(x, items.panels(item), (&h, 0), None) };
         });
     })?;
-    matmul(h.rows(), &net.down, &mut y);
+    let mut y = matmul(h.rows(), &net.down);
     if let Some(bias) = &net.down_bias {
-        y.chunks_exact_mut(d).for_each(|row| add(row, bias));
+        add_bias(&mut y, bias);
     }
     Tensor::from_vec(y, (tokens, d), &Device::Cpu)
 }
@@ -237,8 +237,10 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let active: Vec<usize> = (0..experts.len()).filter(|&e| !routing.expert_rows(e).is_empty()).collect();
 
     // x [R, D] and h [R, F]: rows sorted by expert, so every expert's rows are one block.
-    let gathered = RowBuffer::new(Form::of(&first.inner), rows, d);
-    with_f32(x, |x| gather(x, routing, &gathered))?;
+    let gathered = with_f32(x, |x| match Form::of(&first.inner) {
+        Form::F32 => RowBuffer::gathered(Rows::of_f32(x, d), routing.token_r()),
+        Form::Bf16 => RowBuffer::gathered(RowBuffer::rounded(x, d).rows(), routing.token_r()),
+    })?;
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
     let counted: usize =
         active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();
@@ -304,18 +306,4 @@ impl Items {
     fn panels(self, item: usize) -> Range<usize> {
         item * self.each..self.panels.min((item + 1) * self.each)
     }
-}
-
-/// The tokens' rows of `x [T, D]` in the order of the routing, `[R, D]`.
-fn gather(x: &[f32], routing: &Routing, to: &RowBuffer) {
-    let d = to.rows().width();
-    let rows = routing.token_r();
-    for_each(rows.len().div_ceil(ROWS_PER_ITEM), rows.len() * d * FLOPS_PER_COPY, |item| {
-        let first = item * ROWS_PER_ITEM;
-        for (row, token) in rows.iter().enumerate().skip(first).take(ROWS_PER_ITEM) {
-            let start = *token as usize * d;
-            // SAFETY: items write disjoint rows.
-            unsafe { to.write(row, 0, &x[start..start + d]) };
-        }
-    });
 }

@@ -12,13 +12,14 @@ mod avx512;
 mod plain;
 
 use super::aligned::Aligned;
+use super::elementwise::written;
+use super::for_each;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
 use super::quants::Quants;
 #[cfg(test)]
 use super::rows::RowBuffer;
 use super::rows::{Form, Rows};
-use super::{SharedOut, for_each};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -26,18 +27,20 @@ use std::ops::Range;
 const PANELS_PER_ITEM: usize = 4;
 
 /// `y [M, O] = x [M, I] · wᵀ`.
-pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix, y: &mut [f32]) {
+pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
     let (rows, outputs) = (x.len(), w.outputs());
-    assert_eq!(y.len(), rows * outputs);
     let panels = outputs.div_ceil(NR);
-    let out = SharedOut::new(y);
     let flops = 2 * counted_rows(rows, Form::of(w)) * outputs * w.inputs();
-    for_each(panels.div_ceil(PANELS_PER_ITEM), flops, |item| {
-        let first = item * PANELS_PER_ITEM;
-        let last = panels.min(first + PANELS_PER_ITEM);
-        // SAFETY: items write disjoint columns of every row.
-        unsafe { multiply(x, w, first..last, out.from(first * NR), outputs, None) };
-    });
+    // SAFETY: items write disjoint columns of every row, and together all.
+    unsafe {
+        written(rows * outputs, |out| {
+            for_each(panels.div_ceil(PANELS_PER_ITEM), flops, |item| {
+                let first = item * PANELS_PER_ITEM;
+                let last = panels.min(first + PANELS_PER_ITEM);
+                multiply(x, w, first..last, out.from(first * NR), outputs, None);
+            });
+        })
+    }
 }
 
 /// As how many rows `rows` count where it is weighed whether threads are worth it: tiles take 16 as quickly as one.

@@ -4,6 +4,7 @@
 mod aligned;
 mod attention;
 mod attention_kernel;
+mod cache;
 mod elementwise;
 mod experts;
 pub(super) mod gemm;
@@ -18,6 +19,7 @@ mod rows;
 pub(super) mod train;
 
 pub(super) use attention::KvStore;
+pub use cache::PackCache;
 pub(super) use elementwise::{add, clamp};
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
@@ -28,11 +30,6 @@ pub(super) use pack::{PackedMatrix, Packing};
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
 use rayon::prelude::*;
 use rows::{Form, RowBuffer, Rows};
-
-/// A contiguous f32 tensor's elements, copied.
-pub(super) fn host_f32(x: &Tensor) -> Result<Vec<f32>> {
-    with_f32(x, <[f32]>::to_vec)
-}
 
 /// Lends the elements of a contiguous f32 CPU tensor.
 pub(super) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
@@ -49,10 +46,9 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Res
     if inputs != w.inputs() {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
-    let mut y = vec![0.0; tokens * w.outputs()];
-    with_f32(x, |x| match Form::of(w) {
-        Form::F32 => kernel::matmul(Rows::of_f32(x, inputs), w, &mut y),
-        Form::Bf16 => kernel::matmul(RowBuffer::rounded(x, inputs).rows(), w, &mut y),
+    let mut y = with_f32(x, |x| match Form::of(w) {
+        Form::F32 => kernel::matmul(Rows::of_f32(x, inputs), w),
+        Form::Bf16 => kernel::matmul(RowBuffer::rounded(x, inputs).rows(), w),
     })?;
     if let Some(bias) = bias {
         with_f32(bias, |bias| elementwise::add_bias(&mut y, bias))?;
@@ -64,9 +60,12 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Res
 pub(super) fn embed(ids: &[u32], w: &PackedMatrix) -> Result<Tensor> {
     let width = w.inputs();
     let mut y = vec![0.0; ids.len() * width];
-    for (row, id) in y.chunks_exact_mut(width).zip(ids) {
-        w.unpack_row(*id as usize, row);
-    }
+    let out = SharedOut::new(&mut y);
+    for_each(ids.len(), ids.len() * width * rows::FLOPS_PER_COPY, |item| {
+        // SAFETY: items write disjoint rows.
+        let row = unsafe { std::slice::from_raw_parts_mut(out.from(item * width), width) };
+        w.unpack_row(ids[item] as usize, row);
+    });
     Tensor::from_vec(y, (ids.len(), width), &Device::Cpu)
 }
 
@@ -102,26 +101,31 @@ fn for_each(items: usize, flops: usize, f: impl Fn(usize) + Sync + Send) {
 
 /// A mutable buffer that work items write disjoint parts of.
 #[derive(Clone, Copy)]
-struct SharedOut {
-    start: *mut f32,
+struct SharedOut<E = f32> {
+    start: *mut E,
     len: usize,
 }
 
 // SAFETY: work items write disjoint ranges only; see the calls of `from`.
-unsafe impl Send for SharedOut {}
+unsafe impl<E: Send> Send for SharedOut<E> {}
 // SAFETY: as above.
-unsafe impl Sync for SharedOut {}
+unsafe impl<E: Send> Sync for SharedOut<E> {}
 
-impl SharedOut {
-    fn new(out: &mut [f32]) -> Self {
+impl<E> SharedOut<E> {
+    fn new(out: &mut [E]) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len() }
+    }
+
+    /// The whole capacity, which holds nothing yet.
+    fn unwritten(out: &mut Vec<E>) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.capacity() }
     }
 
     /// The elements from `at` on.
     ///
     /// # Safety
     /// No two work items may write the same element, and none may outlive the buffer.
-    unsafe fn from(self, at: usize) -> *mut f32 {
+    unsafe fn from(self, at: usize) -> *mut E {
         debug_assert!(at <= self.len);
         // SAFETY: `at` is within the buffer or one past it.
         unsafe { self.start.add(at) }

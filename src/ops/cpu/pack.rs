@@ -5,13 +5,15 @@
 //! kernel streams a panel front to back. The last panel is padded with zeros.
 
 use super::aligned::Aligned;
-use super::quants::{Bits, Quants};
+use super::cache::{PackCache, Packed, Word};
+use super::quants::{Format, Quants};
 use super::rows::bf16_bits;
 use crate::ops::HostTensor;
 use crate::types::WeightFormat;
 use candle_core::DType;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Outputs per panel: two AVX-512 registers.
 pub(super) const NR: usize = 32;
@@ -28,51 +30,58 @@ pub(crate) struct PackedMatrix {
 }
 
 /// What a matrix is packed as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Packing {
     /// BF16, F16 or F32; where that narrows, to nearest even.
     pub dtype: DType,
     /// Instead of it, if it isn't plain.
     pub format: WeightFormat,
+    /// Where packed weights are kept.
+    pub cache: Option<Arc<PackCache>>,
 }
 
 impl From<DType> for Packing {
     fn from(dtype: DType) -> Self {
-        Self { dtype, format: WeightFormat::Plain }
+        Self { dtype, format: WeightFormat::Plain, cache: None }
     }
 }
 
 #[derive(Debug)]
 pub(super) enum Data {
     /// `[panels, I, NR]`
-    F32(Aligned<f32>),
+    F32(Packed<f32>),
     /// `[panels, pairs of inputs, NR]`, two bf16 a word: the even input in the low half.
-    Bf16(Aligned<u32>),
+    Bf16(Packed<u32>),
     /// `[panels, I, NR]`
-    F16(Aligned<u16>),
+    F16(Packed<u16>),
     Quantised(Quants),
 }
 
 impl PackedMatrix {
     /// Packs a `[O, I]` matrix.
-    pub(crate) fn pack(weight: &HostTensor, packing: Packing) -> Self {
+    pub(crate) fn pack(weight: &HostTensor, packing: &Packing) -> Self {
         Self::interleave(&[weight], packing)
     }
 
     /// Packs several matrices of one shape with their panels taking turns: panel 0 of each, panel 1 of each, …
-    pub(super) fn interleave(weights: &[&HostTensor], packing: Packing) -> Self {
+    pub(super) fn interleave(weights: &[&HostTensor], packing: &Packing) -> Self {
         let (rows, inputs) = weights[0].dims2();
         let panels = rows.div_ceil(NR) * weights.len();
         // Interleaved panels are addressed as panels, so their padding counts.
         let outputs = if weights.len() == 1 { rows } else { panels * NR };
+        let cache = packing.cache.as_deref();
+        let quants = |format| Data::Quantised(Quants::interleave(weights, format, cache));
         let data = match (packing.format, packing.dtype) {
-            (WeightFormat::Q8_0, _) => Data::Quantised(Quants::interleave(weights, Bits::Eight)),
-            (WeightFormat::Q4_0, _) => Data::Quantised(Quants::interleave(weights, Bits::Four)),
-            (_, DType::F32) => Data::F32(fill(panels, inputs * NR, weights, |x, at, out: &mut f32| *out = x[at])),
-            (_, DType::F16) => Data::F16(fill(panels, inputs * NR, weights, |x, at, out: &mut u16| {
+            (WeightFormat::Q8_0, _) => quants(Format::Q8_0),
+            (WeightFormat::Q4_0, _) => quants(Format::Q4_0),
+            (WeightFormat::Q4K, _) => quants(Format::Q4K),
+            (_, DType::F32) => {
+                Data::F32(fill((panels, inputs * NR), weights, cache, |x, at, out: &mut f32| *out = x[at]))
+            }
+            (_, DType::F16) => Data::F16(fill((panels, inputs * NR), weights, cache, |x, at, out: &mut u16| {
                 *out = f16::from_f32(x[at]).to_bits()
             })),
-            _ => Data::Bf16(fill(panels, pairs(inputs) * NR, weights, |x, at, out: &mut u32| {
+            _ => Data::Bf16(fill((panels, pairs(inputs) * NR), weights, cache, |x, at, out: &mut u32| {
                 let bits = |i: usize| x.get(i).map_or(0, |v| u32::from(bf16_bits(*v)));
                 *out = bits(2 * at) | bits(2 * at + 1) << 16;
             })),
@@ -135,12 +144,15 @@ fn pairs(inputs: usize) -> usize {
 }
 
 /// Fills panels with `put(row, place within the row, word)`.
-fn fill<W: Copy + Default + Send>(
-    panels: usize,
-    panel_len: usize,
+fn fill<W: Word + Send>(
+    (panels, panel_len): (usize, usize),
     weights: &[&HostTensor],
+    cache: Option<&PackCache>,
     put: impl Fn(&[f32], usize, &mut W) + Sync,
-) -> Aligned<W> {
+) -> Packed<W> {
+    if let Some(words) = Packed::cached(cache, panels * panel_len) {
+        return words;
+    }
     let (rows, inputs) = weights[0].dims2();
     let mut words = Aligned::zeroed(panels * panel_len);
     words.par_chunks_exact_mut(panel_len.max(1)).enumerate().for_each_init(
@@ -156,5 +168,5 @@ fn fill<W: Copy + Default + Send>(
             }
         },
     );
-    words
+    Packed::keep(words, cache)
 }

@@ -87,6 +87,12 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// Where a block of a row begins; of f32 a row has but one.
+    fn block(&self, block: usize, row: usize) -> *const u8 {
+        assert!(row < self.len);
+        self.start.wrapping_add((block * self.block_stride() + row * self.row_stride()) * self.form.bytes())
+    }
+
     /// Some of the rows.
     pub(super) fn slice(self, rows: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.len);
@@ -160,6 +166,28 @@ impl RowBuffer {
             for row in first..buffer.len.min(first + ROWS_PER_ITEM) {
                 // SAFETY: items write disjoint rows.
                 unsafe { buffer.write(row, 0, &x[row * width..(row + 1) * width]) };
+            }
+        });
+        buffer
+    }
+
+    /// Rows `from` of `x`, in that order.
+    pub(super) fn gathered(x: Rows<'_>, from: &[u32]) -> Self {
+        let buffer = Self::new(x.form, from.len(), x.width);
+        let (blocks, block) = match x.form {
+            Form::F32 => (1, x.width * x.form.bytes()),
+            Form::Bf16 => (x.width.div_ceil(BLOCK), BLOCK * x.form.bytes()),
+        };
+        let items = from.len().div_ceil(ROWS_PER_ITEM);
+        super::for_each(items, from.len() * x.width * FLOPS_PER_COPY, |item| {
+            let first = item * ROWS_PER_ITEM;
+            for at in 0..blocks {
+                for (row, &from) in from.iter().enumerate().skip(first).take(ROWS_PER_ITEM) {
+                    let (from, to) = (x.block(at, from as usize), buffer.rows().block(at, row));
+                    // SAFETY: these are blocks of rows within their buffers; items write disjoint rows of one that is
+                    // not shared yet.
+                    unsafe { std::ptr::copy_nonoverlapping(from, to.cast_mut(), block) };
+                }
             }
         });
         buffer

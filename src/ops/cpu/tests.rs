@@ -10,6 +10,10 @@ use crate::types::{Activation, BlockId};
 use candle_core::DType;
 use proptest::prelude::*;
 
+fn host_f32(x: &Tensor) -> Result<Vec<f32>> {
+    with_f32(x, <[f32]>::to_vec)
+}
+
 fn tensor(values: Vec<f32>, rows: usize) -> Tensor {
     let width = values.len() / rows.max(1);
     Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
@@ -236,7 +240,7 @@ fn elementwise_arithmetic_is_that_of_every_element_however_many_there_are() {
 fn packed_rows_come_back_as_they_were() {
     for dtype in [DType::F32, DType::BF16, DType::F16] {
         let w = weights(1, 45, 37);
-        let packed = PackedMatrix::pack(&w, dtype.into());
+        let packed = PackedMatrix::pack(&w, &dtype.into());
         let rows = host_f32(&embed(&[44, 0, 31, 32], &packed).unwrap()).unwrap();
         for (row, id) in rows.chunks_exact(37).zip([44, 0, 31, 32]) {
             assert_eq!(row, &w.to_f32()[id * 37..(id + 1) * 37]);

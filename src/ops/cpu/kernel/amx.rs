@@ -14,15 +14,22 @@ pub(super) const ROWS_MIN: usize = 5;
 const SQUARE: usize = 32;
 /// Squares whose results are kept at a time: with rows of 2,048 inputs these take half of a second-level cache.
 const SQUARES: usize = 8;
-/// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones, which are fetched
-/// meanwhile: both stay in the first cache, also where two threads share it.
-const DEPTH: usize = 8;
 /// Words of a block of a panel.
 const WORDS: usize = BLOCK / 2 * NR;
 
-/// Panels that are read in turns, [`DEPTH`] blocks of each: memory follows several streams better than one, and rows are
-/// in the first cache for all but the first.
-const STREAMS: usize = 4;
+/// Panels that are read in turns: memory follows two streams better than one, and rows are in the first cache for the
+/// second.
+const STREAMS: usize = 2;
+
+/// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones: they stay in the first cache
+/// meanwhile, and so do these blocks of the rows. With few squares memory is what limits; with many, it is the results
+/// that are put aside between.
+fn depth(squares: usize) -> usize {
+    if squares <= 2 { 4 } else { 8 }
+}
+
+/// Blocks ahead of what is multiplied that are fetched.
+const AHEAD: usize = 8;
 
 #[repr(C, align(64))]
 struct Results([[f32; NR]; SQUARE * SQUARES * STREAMS]);
@@ -70,9 +77,12 @@ unsafe fn multiply_panels(
 ) {
     let blocks = tile.panel_len / WORDS;
     let squares = rows.div_ceil(SQUARE);
-    for first in (0..blocks).step_by(DEPTH) {
-        let depth = DEPTH.min(blocks - first);
-        let ahead = if first + DEPTH < blocks { w.wrapping_add((first + DEPTH) * WORDS) } else { next };
+    let depth_max = depth(squares);
+    for first in (0..blocks).step_by(depth_max) {
+        let depth = depth_max.min(blocks - first);
+        let ahead = first + AHEAD;
+        let ahead =
+            if ahead < blocks { w.wrapping_add(ahead * WORDS) } else { next.wrapping_add((ahead - blocks) * WORDS) };
         for stream in 0..panels {
             let start = stream * tile.panel_len;
             for square in 0..squares {
@@ -89,12 +99,17 @@ unsafe fn multiply_panels(
                         next: ahead.wrapping_add(start + square * depth * WORDS / squares),
                     };
                     let half = rows - square * SQUARE <= SQUARE / 2;
+                    // Together at least the lines of a block.
                     match (half, squares) {
                         (true, 1) => call.half::<32>(tiles),
-                        (true, _) => call.half::<0>(tiles),
+                        (true, 2) => call.half::<16>(tiles),
+                        (true, 3) => call.half::<12>(tiles),
+                        (true, 4..8) => call.half::<8>(tiles),
+                        (true, _) => call.half::<4>(tiles),
                         (false, 1) => call.whole::<32>(tiles),
                         (false, 2) => call.whole::<16>(tiles),
-                        (false, 3 | 4) => call.whole::<8>(tiles),
+                        (false, 3) => call.whole::<12>(tiles),
+                        (false, 4..8) => call.whole::<8>(tiles),
                         (false, _) => call.whole::<4>(tiles),
                     }
                 }

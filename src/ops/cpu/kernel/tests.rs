@@ -18,7 +18,7 @@ fn products(x: &[f32], w: &PackedMatrix) -> Vec<Vec<f32>> {
 }
 
 fn packing(format: WeightFormat) -> Packing {
-    Packing { dtype: DType::BF16, format }
+    Packing { format, ..DType::BF16.into() }
 }
 
 fn bits(x: &[f32]) -> Vec<u32> {
@@ -36,7 +36,7 @@ proptest! {
         let x = exact(seed + 7, m * i);
         let want = reference::linear(&x, &w.to_f32(), i, o);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
-            for y in products(&x, &PackedMatrix::pack(&w, dtype.into())) {
+            for y in products(&x, &PackedMatrix::pack(&w, &dtype.into())) {
                 assert_close(&y, &want, 1e-5);
             }
         }
@@ -48,7 +48,7 @@ proptest! {
     ) {
         let (host, x) = (HostTensor::from_f32(&[o, i], &numbers(seed, o * i)), numbers(seed + 7, m * i));
         for packing in [WeightFormat::Plain, WeightFormat::Q8_0, WeightFormat::Q4_0].map(packing) {
-            let all = products(&x, &PackedMatrix::pack(&host, packing));
+            let all = products(&x, &PackedMatrix::pack(&host, &packing));
             for other in &all {
                 prop_assert!(bits(&all[0]) == bits(other), "{:?}", packing);
             }
@@ -61,10 +61,10 @@ proptest! {
     ) {
         let x = numbers(seed + 7, m * i);
         for format in [WeightFormat::Q8_0, WeightFormat::Q4_0] {
-            let w = PackedMatrix::pack(&HostTensor::from_f32(&[o, i], &numbers(seed, o * i)), packing(format));
+            let w = PackedMatrix::pack(&HostTensor::from_f32(&[o, i], &numbers(seed, o * i)), &packing(format));
             let mut widened = vec![0.0; o * i];
             widened.chunks_exact_mut(i).enumerate().for_each(|(row, out)| w.unpack_row(row, out));
-            let widened = PackedMatrix::pack(&HostTensor::from_f32(&[o, i], &widened), DType::BF16.into());
+            let widened = PackedMatrix::pack(&HostTensor::from_f32(&[o, i], &widened), &DType::BF16.into());
             prop_assert!(bits(&products(&x, &w)[0]) == bits(&products(&x, &widened)[0]), "{:?}", format);
         }
     }
@@ -75,7 +75,7 @@ fn many_rows_and_deep_products_agree_to_the_bit_and_with_the_reference() {
     for (m, i, o) in [(1, 1100, 40), (17, 600, 33), (33, 1056, 64), (300, 520, 70), (257, 1030, 31)] {
         let x = exact(1, m * i);
         let host = weights(2, o, i);
-        let w = PackedMatrix::pack(&host, DType::BF16.into());
+        let w = PackedMatrix::pack(&host, &DType::BF16.into());
         let all = products(&x, &w);
         assert_close(&all[0], &reference::linear(&x, &host.to_f32(), i, o), 1e-5);
         for other in &all {
@@ -91,7 +91,7 @@ fn what_is_not_a_number_stays_in_its_row() {
     x[7 * i + 3] = f32::NAN;
     x[9 * i] = f32::INFINITY;
     let ones = HostTensor::from_f32(&[o, i], &vec![1.0; o * i]);
-    for y in products(&x, &PackedMatrix::pack(&ones, DType::BF16.into())) {
+    for y in products(&x, &PackedMatrix::pack(&ones, &DType::BF16.into())) {
         for (row, y) in y.chunks(o).enumerate() {
             let right = |y: f32| match row {
                 7 => y.is_nan(),
