@@ -34,6 +34,8 @@ GIB = 2**30
 QUANTIZED_SHARE = {"q8_0": 0.55, "q4_0": 0.35}
 # llama.cpp keeps a sequence's cache in cells of this many.
 LLAMA_CELLS = 256
+# Runs of it until every result has come through.
+LLAMA_TRIES = 10
 
 
 class Failed(Exception):
@@ -126,14 +128,20 @@ def run_llama(args, model: Path) -> dict:
         peaks.append(peak)
     if args.batch:
         cells = -(-(args.context + args.generate) // LLAMA_CELLS) * LLAMA_CELLS
-        shape = ["-npp", args.context, "-ntg", args.generate, "-npl", commas(args.batch), "-c", max(args.batch) * cells]
-        flags = ["-tb", args.threads, "--output-format", "jsonl"]
-        output, errors, peak = run([args.llama / "llama-batched-bench", *common, *shape, *flags], args.threads)
-        for line in (output + "\n" + errors).splitlines():
-            if line.startswith("{"):
-                entry = json.loads(line)
-                speeds[f"tg{entry['tg']}@b{entry['pl']}", ""] = entry["speed_tg"]
-        peaks.append(peak)
+        flags = ["-tb", args.threads, "--output-format", "jsonl", "-npp", args.context, "-ntg", args.generate]
+        missing = args.batch
+        # Its log is written by a thread that may lose the last lines when the program ends at once.
+        for _ in range(LLAMA_TRIES):
+            shape = ["-npl", commas(missing), "-c", max(missing) * cells]
+            output, errors, peak = run([args.llama / "llama-batched-bench", *common, *shape, *flags], args.threads)
+            for line in (output + "\n" + errors).splitlines():
+                if line.startswith("{"):
+                    entry = json.loads(line)
+                    speeds[f"tg{entry['tg']}@b{entry['pl']}", ""] = entry["speed_tg"]
+            peaks.append(peak)
+            missing = [batch for batch in missing if (f"tg{args.generate}@b{batch}", "") not in speeds]
+            if not missing:
+                break
     return {"speeds": speeds, "peak_bytes": max(peaks), "load_s": None, "facts": facts}
 
 

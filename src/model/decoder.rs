@@ -126,7 +126,7 @@ impl CausalLm {
             let rows: Vec<u32> = (0..count).map(|i| (i * vocab / count) as u32).collect();
             let rows = HostTensor::from_f32(&[count, hidden], &ops::to_host(&self.lm_head.rows(&rows)?)?);
             // Who was faster made the same.
-            let _ = self.lens.set(Linear::full_precision(&rows, &self.backend)?);
+            let _ = self.lens.set(Linear::new(&rows, None, &self.backend)?);
         }
         match self.lens.get() {
             Some(lens) => ops::to_host(&lens.forward(&self.norm.forward(x)?)?),

@@ -140,17 +140,26 @@ unsafe fn multiply_quantised(x: *const u16, (w, panels): (&Quants, Range<usize>)
         widened = Aligned::zeroed(tile.panel_len);
     }
     for (i, panel) in panels.enumerate() {
+        let (out, columns) = (out.wrapping_add(i * NR), (tile.columns - i * NR).min(NR));
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller's word.
+        if unsafe {
+            let x = (x, tile.rows, (tile.x_row, tile.x_block));
+            w.multiply(tile.isa, panel, x, (out, tile.stride, columns))
+        } {
+            continue;
+        }
         let words = &mut widened[..tile.panel_len];
         w.widen(tile.isa, panel, words);
         let next = words.as_ptr();
-        let tile = Tile { panels: 1, columns: (tile.columns - i * NR).min(NR), next, ..*tile };
+        let tile = Tile { panels: 1, columns, next, ..*tile };
         // SAFETY: the panel is whole; the rest is the caller's word.
         unsafe {
             match tile.isa {
                 // What was widened is in the cache, where tiles are quicker for any number of rows.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Amx => amx::multiply(x, words.as_ptr(), &tile, out.add(i * NR)),
-                _ => dispatch_bf16(x, words.as_ptr(), &tile, out.add(i * NR)),
+                Isa::Amx => amx::multiply(x, words.as_ptr(), &tile, out),
+                _ => dispatch_bf16(x, words.as_ptr(), &tile, out),
             }
         }
     }

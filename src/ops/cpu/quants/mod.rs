@@ -159,6 +159,47 @@ impl Quants {
         }
     }
 
+    /// Products of few rows with `panel` as if it had been widened. False where there is no quicker way than that, and nothing
+    /// was done.
+    ///
+    /// # Safety
+    /// `x` must hold `rows` rows of whole blocks, `x_strides` elements from row to row and from block to block; `out` be valid
+    /// for as many, `stride` elements apart, of `columns`.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) unsafe fn multiply(
+        &self,
+        isa: Isa,
+        panel: usize,
+        (x, rows, x_strides): (*const u16, usize, (usize, usize)),
+        (out, stride, columns): (*mut f32, usize, usize),
+    ) -> bool {
+        if isa != Isa::Amx {
+            return false;
+        }
+        let panel = self.panel(panel);
+        let of = x86::Product { x, x_row: x_strides.0, x_block: x_strides.1, out, stride, columns };
+        macro_rules! with_rows {
+            ($multiply:ident) => {
+                match rows {
+                    1 => x86::$multiply::<1>(panel, &of),
+                    2 => x86::$multiply::<2>(panel, &of),
+                    3 => x86::$multiply::<3>(panel, &of),
+                    4 => x86::$multiply::<4>(panel, &of),
+                    _ => return false,
+                }
+            };
+        }
+        // SAFETY: who has tiles has these instructions; the rest is the caller's word.
+        unsafe {
+            match self.format {
+                Format::Q8_0 => with_rows!(multiply_q8_0),
+                Format::Q4_0 => with_rows!(multiply_q4_0),
+                Format::Q4K => with_rows!(multiply_q4_k),
+            }
+        }
+        true
+    }
+
     /// Weights of output `o` as they are multiplied.
     pub(super) fn unpack_row(&self, o: usize, out: &mut [f32]) {
         let (panel, column) = (self.panel(o / NR), o % NR);

@@ -1,4 +1,4 @@
-//! Widening with AVX-512.
+//! Widening with AVX-512, and products with few rows that need not be widened before.
 
 use super::{NR, PAIRS, Panel, SUPER};
 use std::arch::x86_64::*;
@@ -114,3 +114,115 @@ pub(super) fn widen_q4_k(panel: Panel<'_>, out: &mut [u32]) {
         }
     }
 }
+
+/// Few rows of activations, bf16, and where their products with a panel go.
+pub(super) struct Product {
+    pub x: *const u16,
+    /// Elements between rows, and between blocks of a row.
+    pub x_row: usize,
+    pub x_block: usize,
+    pub out: *mut f32,
+    /// Elements between rows.
+    pub stride: usize,
+    /// Columns that are written.
+    pub columns: usize,
+}
+
+/// What a number is after it was rounded to bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded(x: __m512) -> __m512 {
+    // SAFETY: both are 32 bytes, any value of which is valid.
+    let bits: __m256i = unsafe { std::mem::transmute(_mm512_cvtneps_pbh(x)) };
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+}
+
+/// Defines the product of M rows with a panel, in the order of sums of all kernels for bf16. `$scales` are a block's, and
+/// `$weights` those of a pair of inputs of half the columns: even and odd.
+macro_rules! product {
+    ($name:ident, $pair_bytes:expr, $scales:expr, $weights:expr) => {
+        /// # Safety
+        /// The pointers of `of` must be valid for M rows.
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16,f16c")]
+        pub(super) unsafe fn $name<const M: usize>(panel: Panel<'_>, of: &Product) {
+            let zero = [[_mm512_setzero_ps(); 2]; M];
+            let mut sums = zero;
+            for (block, codes) in panel.codes.chunks_exact(PAIRS * $pair_bytes).enumerate() {
+                let scales = $scales(&panel, block);
+                let (mut evens, mut odds) = (zero, zero);
+                for (pair, codes) in codes.chunks_exact($pair_bytes).enumerate() {
+                    fetch(codes);
+                    let weights: [[__m512; 2]; 2] = std::array::from_fn(|half| $weights(codes, half, &scales));
+                    for m in 0..M {
+                        // SAFETY: blocks of activations are whole.
+                        let x = unsafe {
+                            of.x.add(block * of.x_block + m * of.x_row + 2 * pair).cast::<i32>().read_unaligned()
+                        };
+                        let x = _mm512_set1_epi32(x);
+                        let x_even = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x));
+                        let mask = _mm512_set1_epi32(0xFFFF_0000_u32 as i32);
+                        let x_odd = _mm512_castsi512_ps(_mm512_and_si512(x, mask));
+                        for half in 0..2 {
+                            evens[m][half] = _mm512_fmadd_ps(x_even, weights[half][0], evens[m][half]);
+                            odds[m][half] = _mm512_fmadd_ps(x_odd, weights[half][1], odds[m][half]);
+                        }
+                    }
+                }
+                for m in 0..M {
+                    for half in 0..2 {
+                        let part = _mm512_add_ps(evens[m][half], odds[m][half]);
+                        sums[m][half] = _mm512_add_ps(sums[m][half], part);
+                    }
+                }
+            }
+            for (m, sums) in sums.into_iter().enumerate() {
+                for (half, sums) in sums.into_iter().enumerate() {
+                    let columns = of.columns.saturating_sub(half * LANES).min(LANES);
+                    let mask = ((1u32 << columns) - 1) as __mmask16;
+                    // SAFETY: what is masked out is not written; the rest is the caller's.
+                    unsafe { _mm512_mask_storeu_ps(of.out.wrapping_add(m * of.stride + half * LANES), mask, sums) };
+                }
+            }
+        }
+    };
+}
+
+product!(
+    multiply_q8_0,
+    2 * NR,
+    |panel: &Panel<'_>, block: usize| { [0, 1].map(|half| load_scales(&panel.scales[block * NR + half * LANES..])) },
+    |codes: &[u8], half: usize, scales: &[__m512; 2]| {
+        [0, NR].map(|odd| {
+            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load(&codes[odd + half * LANES..])));
+            rounded(_mm512_mul_ps(codes, scales[half]))
+        })
+    }
+);
+
+product!(
+    multiply_q4_0,
+    NR,
+    |panel: &Panel<'_>, block: usize| { [0, 1].map(|half| load_scales(&panel.scales[block * NR + half * LANES..])) },
+    |codes: &[u8], half: usize, scales: &[__m512; 2]| {
+        let eight = _mm512_set1_epi32(8);
+        load_four(&codes[half * LANES..])
+            .map(|codes| rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, eight)), scales[half])))
+    }
+);
+
+product!(
+    multiply_q4_k,
+    NR,
+    |panel: &Panel<'_>, block: usize| {
+        let scales = &panel.scales[block / SUPER * 2 * NR..];
+        let multiples = &panel.multiples[block * 2 * NR..];
+        std::array::from_fn::<__m512, 4, _>(|i| {
+            let multiples = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load(&multiples[i * LANES..])));
+            _mm512_mul_ps(multiples, load_scales(&scales[i * LANES..]))
+        })
+    },
+    |codes: &[u8], half: usize, scales: &[__m512; 4]| {
+        load_four(&codes[half * LANES..])
+            .map(|codes| rounded(_mm512_fmsub_ps(_mm512_cvtepi32_ps(codes), scales[half], scales[2 + half])))
+    }
+);
