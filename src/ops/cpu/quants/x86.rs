@@ -84,9 +84,11 @@ pub(super) fn widen_q4_0(panel: Panel<'_>, out: &mut [u32]) {
         for (out, codes) in out.chunks_exact_mut(NR).zip(&mut pairs_of) {
             fetch(codes);
             for (half, scale) in halves.into_iter().enumerate() {
-                let [even, odd] = load_four(&codes[half * LANES..])
-                    .map(|codes| _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, eight)), scale));
-                store(&mut out[half * LANES..], pairs(even, odd));
+                let [even, odd] = load_four(&codes[half * LANES..]);
+                let even = _mm512_cvtepi32_ps(_mm512_sub_epi32(even, eight));
+                let odd = _mm512_cvtepi32_ps(_mm512_sub_epi32(odd, eight));
+                let words = pairs(_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale));
+                store(&mut out[half * LANES..], words);
             }
         }
     }
@@ -97,22 +99,30 @@ pub(super) fn widen_q4_k(panel: Panel<'_>, out: &mut [u32]) {
     let mut pairs_of = panel.codes.chunks_exact(NR);
     let mut multiples_of = panel.multiples.chunks_exact(2 * NR);
     for (scales, out) in panel.scales.chunks_exact(2 * NR).zip(out.chunks_mut(SUPER * PAIRS * NR)) {
-        let scales: [__m512; 4] = std::array::from_fn(|i| load_scales(&scales[i * LANES..]));
         for (out, multiples) in out.chunks_exact_mut(PAIRS * NR).zip(&mut multiples_of) {
-            // Steps of both halves of the columns, then offsets.
-            let of_block: [__m512; 4] = std::array::from_fn(|i| {
-                _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load(&multiples[i * LANES..]))), scales[i])
-            });
+            let steps = [scaled(multiples, scales), scaled(&multiples[LANES..], &scales[LANES..])];
+            let offsets = [
+                scaled(&multiples[2 * LANES..], &scales[2 * LANES..]),
+                scaled(&multiples[3 * LANES..], &scales[3 * LANES..]),
+            ];
             for (out, codes) in out.chunks_exact_mut(NR).zip(&mut pairs_of) {
                 fetch(codes);
                 for half in 0..2 {
-                    let [even, odd] = load_four(&codes[half * LANES..])
-                        .map(|codes| _mm512_fmsub_ps(_mm512_cvtepi32_ps(codes), of_block[half], of_block[2 + half]));
+                    let [even, odd] = load_four(&codes[half * LANES..]);
+                    let even = _mm512_fmsub_ps(_mm512_cvtepi32_ps(even), steps[half], offsets[half]);
+                    let odd = _mm512_fmsub_ps(_mm512_cvtepi32_ps(odd), steps[half], offsets[half]);
                     store(&mut out[half * LANES..], pairs(even, odd));
                 }
             }
         }
     }
+}
+
+/// Multiples of f16 scales.
+#[inline]
+#[target_feature(enable = "avx512f,f16c")]
+fn scaled(multiples: &[u8], scales: &[u16]) -> __m512 {
+    _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load(multiples))), load_scales(scales))
 }
 
 /// Few rows of activations, bf16, and where their products with a panel go.
@@ -152,7 +162,7 @@ macro_rules! product {
                 let (mut evens, mut odds) = (zero, zero);
                 for (pair, codes) in codes.chunks_exact($pair_bytes).enumerate() {
                     fetch(codes);
-                    let weights: [[__m512; 2]; 2] = std::array::from_fn(|half| $weights(codes, half, &scales));
+                    let weights = [$weights(codes, 0, &scales), $weights(codes, 1, &scales)];
                     for m in 0..M {
                         // SAFETY: blocks of activations are whole.
                         let x = unsafe {
@@ -187,26 +197,35 @@ macro_rules! product {
     };
 }
 
+// Written out: through the closures of `map` and `from_fn`, which are compiled without these instructions, every vector would
+// go through memory.
 product!(
     multiply_q8_0,
     2 * NR,
-    |panel: &Panel<'_>, block: usize| { [0, 1].map(|half| load_scales(&panel.scales[block * NR + half * LANES..])) },
+    |panel: &Panel<'_>, block: usize| {
+        let scales = &panel.scales[block * NR..];
+        [load_scales(scales), load_scales(&scales[LANES..])]
+    },
     |codes: &[u8], half: usize, scales: &[__m512; 2]| {
-        [0, NR].map(|odd| {
-            let codes = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load(&codes[odd + half * LANES..])));
-            rounded(_mm512_mul_ps(codes, scales[half]))
-        })
+        let even = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load(&codes[half * LANES..])));
+        let odd = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load(&codes[NR + half * LANES..])));
+        [rounded(_mm512_mul_ps(even, scales[half])), rounded(_mm512_mul_ps(odd, scales[half]))]
     }
 );
 
 product!(
     multiply_q4_0,
     NR,
-    |panel: &Panel<'_>, block: usize| { [0, 1].map(|half| load_scales(&panel.scales[block * NR + half * LANES..])) },
+    |panel: &Panel<'_>, block: usize| {
+        let scales = &panel.scales[block * NR..];
+        [load_scales(scales), load_scales(&scales[LANES..])]
+    },
     |codes: &[u8], half: usize, scales: &[__m512; 2]| {
         let eight = _mm512_set1_epi32(8);
-        load_four(&codes[half * LANES..])
-            .map(|codes| rounded(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(codes, eight)), scales[half])))
+        let [even, odd] = load_four(&codes[half * LANES..]);
+        let even = _mm512_cvtepi32_ps(_mm512_sub_epi32(even, eight));
+        let odd = _mm512_cvtepi32_ps(_mm512_sub_epi32(odd, eight));
+        [rounded(_mm512_mul_ps(even, scales[half])), rounded(_mm512_mul_ps(odd, scales[half]))]
     }
 );
 
@@ -216,13 +235,17 @@ product!(
     |panel: &Panel<'_>, block: usize| {
         let scales = &panel.scales[block / SUPER * 2 * NR..];
         let multiples = &panel.multiples[block * 2 * NR..];
-        std::array::from_fn::<__m512, 4, _>(|i| {
-            let multiples = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load(&multiples[i * LANES..])));
-            _mm512_mul_ps(multiples, load_scales(&scales[i * LANES..]))
-        })
+        [
+            scaled(multiples, scales),
+            scaled(&multiples[LANES..], &scales[LANES..]),
+            scaled(&multiples[2 * LANES..], &scales[2 * LANES..]),
+            scaled(&multiples[3 * LANES..], &scales[3 * LANES..]),
+        ]
     },
     |codes: &[u8], half: usize, scales: &[__m512; 4]| {
-        load_four(&codes[half * LANES..])
-            .map(|codes| rounded(_mm512_fmsub_ps(_mm512_cvtepi32_ps(codes), scales[half], scales[2 + half])))
+        let [even, odd] = load_four(&codes[half * LANES..]);
+        let (even, odd) = (_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(odd));
+        let (step, offset) = (scales[half], scales[2 + half]);
+        [rounded(_mm512_fmsub_ps(even, step, offset)), rounded(_mm512_fmsub_ps(odd, step, offset))]
     }
 );
