@@ -71,7 +71,7 @@ struct Cli {
 #[derive(clap::Args, Debug)]
 #[group(required = true, multiple = false)]
 struct SubjectArgs {
-    /// Hub id (allenai/OLMoE-1B-7B-0924) or directory
+    /// Hub id (allenai/OLMoE-1B-7B-0924), directory or GGUF file
     #[arg(long, value_name = "ID|DIR")]
     model: Option<String>,
     /// A config.json, the directory it is in, or a hub id: weights are made up, no checkpoint and no tokenizer is needed

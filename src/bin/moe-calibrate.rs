@@ -17,7 +17,7 @@ use std::process::ExitCode;
 #[derive(Parser, Debug)]
 #[command(name = "moe-calibrate", version)]
 struct Cli {
-    /// Hub id (allenai/OLMoE-1B-7B-0924) or directory; without it, the small bundled checkpoint
+    /// Hub id (allenai/OLMoE-1B-7B-0924), directory or GGUF file; without it, the small bundled checkpoint
     #[arg(long, env = "MOE_SERVE_MODEL", value_name = "ID|DIR")]
     model: Option<String>,
     /// Branch, tag or commit of a hub model

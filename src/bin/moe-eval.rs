@@ -50,7 +50,7 @@ enum Command {
 /// The model, and how it runs.
 #[derive(Args, Debug)]
 struct ModelArgs {
-    /// Hub id (mistralai/Mixtral-8x7B-v0.1) or directory; without it, the small bundled checkpoint
+    /// Hub id (mistralai/Mixtral-8x7B-v0.1), directory or GGUF file; without it, the small bundled checkpoint
     #[arg(long, env = "MOE_SERVE_MODEL", value_name = "ID|DIR")]
     model: Option<String>,
     /// Branch, tag or commit of a hub model

@@ -25,7 +25,7 @@ use tokio::sync::{oneshot, watch};
 #[derive(Parser, Debug)]
 #[command(version, after_help = router_help())]
 struct Args {
-    /// Hub id (mistralai/Mixtral-8x7B-v0.1) or directory; without it, the small bundled checkpoint
+    /// Hub id (mistralai/Mixtral-8x7B-v0.1), directory or GGUF file; without it, the small bundled checkpoint
     #[arg(long, env = "MOE_SERVE_MODEL", value_name = "ID|DIR")]
     model: Option<String>,
     /// How tokens choose experts; see below

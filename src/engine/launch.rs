@@ -11,6 +11,7 @@ use crate::moe::Policy;
 use crate::moe::calibration::Calibrations;
 use crate::types::{ModelShape, RouterSpec, SpecError};
 use indicatif::{HumanCount, MultiProgress, ProgressBar};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 /// A model whose files are there.
@@ -168,11 +169,13 @@ fn bundled() -> Result<String, LaunchError> {
     Ok(found.display().to_string())
 }
 
-/// Name of a model that is given none: a directory's last part, or the hub id as it is.
+/// Name of a model that is given none: a directory's last part, a file's without its extension, or the hub id as it is.
 pub fn default_name(model: &str) -> String {
     let path = Path::new(model);
-    match path.canonicalize().ok().filter(|p| p.is_dir()) {
-        Some(dir) => dir.file_name().map_or_else(|| model.into(), |n| n.to_string_lossy().into_owned()),
-        None => model.into(),
-    }
+    let name = match path.canonicalize() {
+        Ok(dir) if dir.is_dir() => dir.file_name().map(OsStr::to_os_string),
+        Ok(file) if file.is_file() => path.file_stem().map(OsStr::to_os_string),
+        _ => None,
+    };
+    name.map_or_else(|| model.into(), |name| name.to_string_lossy().into_owned())
 }

@@ -81,6 +81,9 @@ const INDEX: &str = "model.safetensors.index.json";
 /// cache when offline.
 pub fn resolve(model: &str, options: &HubOptions, bars: &MultiProgress) -> Result<Files, LoadError> {
     if let Some((dir, file)) = gguf_file(model) {
+        if options.revision.is_some() {
+            return Err(LoadError::Hub(format!("--revision is for hub ids, but {model} is a file")));
+        }
         let mut find = |name: &str| Ok(Some(dir.join(name)).filter(|path| path.is_file()));
         return collect(&dir.display().to_string(), Some(gguf::parts(file)?), &mut find);
     }

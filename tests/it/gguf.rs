@@ -6,6 +6,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::bf16;
+use moe_serve::engine::default_name;
 use moe_serve::model::hub::{HubOptions, resolve};
 use moe_serve::model::{LoadOptions, Loaded, load};
 use moe_serve::types::DtypeChoice;
@@ -151,6 +152,7 @@ fn every_family_computes_the_same_from_both_formats() {
             let dir = folder(&checkpoint, architecture, interleaved, dtype);
             assert_eq!(logits(&open(dir.path()).unwrap()), want, "{golden} {dtype:?}");
             assert_eq!(logits(&open(&dir.path().join("model.gguf")).unwrap()), want, "{golden} {dtype:?}");
+            assert_eq!(default_name(dir.path().join("model.gguf").to_str().unwrap()), "model");
         }
     }
 }
@@ -248,6 +250,9 @@ fn files_that_cannot_be_read_are_refused_by_name_with_the_reason() {
     let dir = good();
     std::fs::copy(path(&dir), dir.path().join("other.gguf")).unwrap();
     says(&dir, &["several GGUF files", "model.gguf, other.gguf"]);
+    let revision = HubOptions { revision: Some("main".into()), ..HubOptions::default() };
+    let error = resolve(path(&good()).to_str().unwrap(), &revision, &quiet()).unwrap_err().to_string();
+    assert!(error.contains("--revision"), "{error}");
     let dir = good();
     std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
     says(&dir, &["tokenizer.json"]);

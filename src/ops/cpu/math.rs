@@ -50,6 +50,26 @@ pub(super) fn sum_by(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     add_lanes(&lanes) + rest
 }
 
+/// Both sums of the numbers that `f` makes of every aᵢ.
+#[inline(always)]
+pub(super) fn sums_by(a: &[f32], f: impl Fn(f32) -> [f32; 2]) -> [f32; 2] {
+    let mut lanes = [[0.0; LANES]; 2];
+    let (a, rest) = a.as_chunks::<LANES>();
+    for a in a {
+        for i in 0..LANES {
+            let [x, y] = f(a[i]);
+            lanes[0][i] += x;
+            lanes[1][i] += y;
+        }
+    }
+    let mut sums = [add_lanes(&lanes[0]), add_lanes(&lanes[1])];
+    for a in rest {
+        let [x, y] = f(*a);
+        sums = [sums[0] + x, sums[1] + y];
+    }
+    sums
+}
+
 /// Σ aᵢ·bᵢ
 #[inline(always)]
 pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {

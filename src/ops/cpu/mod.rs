@@ -82,8 +82,10 @@ isa::multiversion!(fn entropy_of(z: &[f32], entropy: &mut f32) = entropy_of_body
 fn entropy_of_body(z: &[f32], entropy: &mut f32) {
     let max = math::max(z);
     // With w = e^(z − max) and s = Σw: H = log s − Σ w·(z − max) / s.
-    let sum = math::sum_by(z, z, |z, _| math::exp(z - max));
-    let weighted = math::sum_by(z, z, |z, _| math::exp(z - max) * (z - max));
+    let [sum, weighted] = math::sums_by(z, |z| {
+        let e = math::exp(z - max);
+        [e, e * (z - max)]
+    });
     *entropy = sum.ln() - weighted / sum;
 }
 
