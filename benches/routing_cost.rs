@@ -8,7 +8,7 @@ use moe_serve::model::{CausalLm, LoadOptions, StepInput, load};
 use moe_serve::moe::calibration::{Calibration, Calibrations, HeldOut, PolicyTable, Rung};
 use moe_serve::moe::router::{ESTIMATORS, Rule, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx};
-use moe_serve::ops::{KvCache, KvShape, Segment, StepLayout};
+use moe_serve::ops::{KvCache, KvShape, Segment, StepLayout, on_pool};
 use moe_serve::types::{BlockId, MoeShape};
 use std::hint::black_box;
 use std::sync::Arc;
@@ -97,8 +97,25 @@ impl<'a> Decode<'a> {
         Self { model, kv, layout, rows: (0..batch as u32).collect(), tokens }
     }
 
-    /// Seconds of one step.
+    /// Time of a step by `policy` by that of one by `native`; each goes first in half of the pairs.
+    fn ratio(&mut self, policy: &Arc<Policy>, native: &Arc<Policy>) -> f64 {
+        let pairs = (0..WARM_UP + ROUNDS).map(|round| {
+            if round % 2 == 0 {
+                self.step(policy) / self.step(native)
+            } else {
+                let native = self.step(native);
+                self.step(policy) / native
+            }
+        });
+        median(pairs.skip(WARM_UP).collect())
+    }
+
+    /// Seconds of one step, made as the engine makes it.
     fn step(&mut self, policy: &Arc<Policy>) -> f64 {
+        on_pool(|| self.step_here(policy))
+    }
+
+    fn step_here(&mut self, policy: &Arc<Policy>) -> f64 {
         let started = Instant::now();
         let input = StepInput { tokens: &self.tokens.token_t, layout: &self.layout, logit_rows: &self.rows };
         let policies = std::slice::from_ref(policy);
@@ -128,12 +145,13 @@ fn main() {
     let mut decodes = BATCHES.map(|batch| Decode::new(&model, batch));
     println!("| router, at k = {} | {} |", moe.top_k, BATCHES.map(|b| format!("batch {b}")).join(" | "));
     println!("|---|{}", "---|".repeat(BATCHES.len()));
-    for spec in specs(&moe) {
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let is_wanted = |spec: &String| wanted.is_empty() || wanted.iter().any(|part| spec.contains(part));
+    for spec in specs(&moe).into_iter().filter(is_wanted) {
         let policy = policy(&spec);
-        let ratios = decodes.each_mut().map(|decode| {
-            let pairs = (0..WARM_UP + ROUNDS).map(|_| decode.step(&policy) / decode.step(&native));
-            median(pairs.skip(WARM_UP).collect())
-        });
+        let ratios = decodes.each_mut().map(|decode| decode.ratio(&policy, &native));
         println!("| `{spec}` | {} |", ratios.map(|ratio| format!("{ratio:.3}")).join(" | "));
     }
+    let times = decodes.each_mut().map(|d| median((0..ROUNDS).map(|_| d.step(&native)).collect()));
+    println!("| µs of a `native` step | {} |", times.map(|seconds| format!("{:.0}", seconds * 1e6)).join(" | "));
 }

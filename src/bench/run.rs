@@ -79,8 +79,7 @@ fn alternate(
         for (policy, runs) in policies.iter().zip(&mut measured) {
             let name = if round == 0 { "warm-up".into() } else { format!("run {round} of {repeat}") };
             on_progress(&format!("{test}  {}  {name}", policy.spec()));
-            // On a thread of the pool, as in the engine.
-            let run = rayon::scope(|_| steps.run(test, policy))?;
+            let run = steps.run(test, policy)?;
             if round > 0 {
                 runs.push(run);
             }

@@ -98,7 +98,7 @@ impl<'a> Steps<'a> {
                 let sequences = first..batch.min(first + together);
                 let segments: Vec<Segment> = sequences.clone().map(|s| self.segment(s, start, len)).collect();
                 let tokens: Vec<TokenId> = sequences.flat_map(|s| self.tokens(s, start..start + len)).collect();
-                self.forward(&tokens, segments, Vec::new(), (policy, false))?;
+                self.step(&tokens, segments, Vec::new(), (policy, false))?;
             }
         }
         Ok(self.model.backend().device().synchronize()?)
@@ -120,8 +120,7 @@ impl<'a> Steps<'a> {
         let blocks = (0..prompt.div_ceil(BLOCK_SIZE) as u32).map(BlockId).collect();
         let segments = vec![Segment { start: 0, len: prompt, blocks }];
         let started = Instant::now();
-        let (hidden, done) = self.forward(&tokens, segments, vec![prompt as u32 - 1], (policy, false))?;
-        self.greedy(hidden.as_ref(), policy)?;
+        let (_, done) = self.step(&tokens, segments, vec![prompt as u32 - 1], (policy, false))?;
         let seconds = started.elapsed().as_secs_f64();
         Ok(self.measured(seconds, &[done], policy))
     }
@@ -134,8 +133,8 @@ impl<'a> Steps<'a> {
         let started = Instant::now();
         for position in context..context + generate {
             let segments = (0..batch).map(|s| self.segment(s, position, 1)).collect();
-            let (hidden, done) = self.forward(&tokens, segments, rows.clone(), (policy, true))?;
-            tokens = self.greedy(hidden.as_ref(), policy)?;
+            let (next, done) = self.step(&tokens, segments, rows.clone(), (policy, true))?;
+            tokens = next;
             steps.push(done);
         }
         let seconds = started.elapsed().as_secs_f64();
@@ -155,7 +154,20 @@ impl<'a> Steps<'a> {
         Segment { start, len, blocks }
     }
 
-    /// One step, made as the engine makes it, with final hidden states of `logit_rows`.
+    /// One step, made as the engine makes it, and the likeliest token after each of `logit_rows`.
+    fn step(
+        &mut self,
+        tokens: &[TokenId],
+        segments: Vec<Segment>,
+        logit_rows: Vec<u32>,
+        how: (&Arc<Policy>, bool),
+    ) -> Result<(Vec<TokenId>, Done), BenchError> {
+        ops::on_pool(|| {
+            let (hidden, done) = self.forward(tokens, segments, logit_rows, how)?;
+            Ok((self.greedy(hidden.as_ref(), how.0)?, done))
+        })
+    }
+
     fn forward(
         &mut self,
         tokens: &[TokenId],

@@ -11,6 +11,7 @@ use super::text::Text;
 use crate::model::Loaded;
 use crate::moe::Policy;
 use crate::moe::calibration::Calibrations;
+use crate::ops::on_pool;
 use crate::sched::BlockHash;
 use crate::types::{BudgetState, GenerateRequest, GrammarSpec, Limits, MoeShape, SpecError, TokenId};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -267,7 +268,7 @@ fn run(mut core: Core, jobs: &Receiver<Job>) {
             core.add(job);
         }
         // On a thread of the pool: from outside, every parallel region of a step would cost two changes of threads.
-        if catch_unwind(AssertUnwindSafe(|| rayon::scope(|_| core.step()))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| on_pool(|| core.step()))).is_err() {
             tracing::error!("a step panicked: this is a bug; all running requests end with an error");
             core.reset();
         }

@@ -3,7 +3,7 @@
 use crate::moe::router::LENS_TOKENS;
 use crate::moe::{MoeLayer, RouteCtx, TokenSignals};
 use crate::ops::profile::{Part, timed};
-use crate::ops::{self, Backend, Embedding, FeedForward, HostTensor, KvCache, Linear, Norm, Rotary, StepLayout};
+use crate::ops::{self, Backend, Embedding, FeedForward, KvCache, Linear, Norm, ReadOut, Rotary, StepLayout};
 use crate::types::{ModelShape, TokenId};
 use candle_core::{Result, Tensor};
 use std::sync::{Arc, OnceLock};
@@ -22,7 +22,7 @@ pub struct CausalLm {
     pub(super) lm_head: Arc<Linear>,
     pub(super) rotary: Option<Rotary>,
     /// Some rows of the LM head, once a router has asked for them.
-    pub(super) lens: OnceLock<Linear>,
+    pub(super) lens: OnceLock<ReadOut>,
     pub(super) tied: bool,
 }
 
@@ -90,13 +90,11 @@ impl CausalLm {
                 let normed = layer.attention_norm.forward(&x)?;
                 ops::add(&x, &self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?)
             })?;
+            let lens_tm = if asked.lens && matches!(layer.ffn, Ffn::Moe(_)) { self.read_out(&x)? } else { Vec::new() };
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
                 Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
-                Ffn::Moe(moe) => {
-                    let lens_tm = if asked.lens { self.read_out(&x)? } else { Vec::new() };
-                    moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_tm }, routes)?
-                }
+                Ffn::Moe(moe) => moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_tm }, routes)?,
             };
             x = ops::add(&x, &out)?;
         }
@@ -120,18 +118,14 @@ impl CausalLm {
     /// `[T, LENS_TOKENS]`.
     fn read_out(&self, x: &Tensor) -> Result<Vec<f32>> {
         if self.lens.get().is_none() {
-            let (vocab, hidden) = (self.shape.vocab, self.shape.hidden);
+            let vocab = self.shape.vocab;
             let count = LENS_TOKENS.min(vocab);
             // Tokenizers number frequent tokens first: spread evenly, there are some of every frequency.
             let rows: Vec<u32> = (0..count).map(|i| (i * vocab / count) as u32).collect();
-            let rows = HostTensor::from_f32(&[count, hidden], &ops::to_host(&self.lm_head.rows(&rows)?)?);
             // Who was faster made the same.
-            let _ = self.lens.set(Linear::new(&rows, None, &self.backend)?);
+            let _ = self.lens.set(ReadOut::new(&self.lm_head.rows(&rows)?, &self.norm, &self.backend)?);
         }
-        match self.lens.get() {
-            Some(lens) => ops::to_host(&lens.forward(&self.norm.forward(x)?)?),
-            None => Ok(Vec::new()),
-        }
+        self.lens.get().map_or(Ok(Vec::new()), |lens| lens.forward(x))
     }
 
     /// Attention over the cache; tells its entropy where that is asked for.

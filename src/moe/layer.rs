@@ -48,16 +48,21 @@ impl MoeLayer {
     pub fn forward(&self, x: &Tensor, signals: &TokenSignals, routes: &mut RouteCtx<'_>) -> Result<Tensor> {
         let routing = timed(Part::Routing, self.index, || {
             let asked = routes.signals();
-            let logits_te = ops::to_host(&self.gate.forward(x)?)?;
-            let input = GateInput {
-                logits_te: &logits_te,
-                hidden_td: &if asked.hidden { ops::to_host(x)? } else { Vec::new() },
-                gram_ee: if asked.gram { self.gram(logits_te.len() / x.dim(0)?)? } else { &[] },
-                attention_entropy_t: &signals.attention_entropy_t,
-                lens_tm: &signals.lens_tm,
+            let logits_te = self.gate.forward(x)?;
+            let gram_ee = if asked.gram { self.gram(logits_te.dim(1)?)? } else { &[] };
+            let (attention_entropy_t, lens_tm) = (&signals.attention_entropy_t[..], &signals.lens_tm[..]);
+            let mut route = |logits_te: &[f32], hidden_td: &[f32]| {
+                let input = GateInput { logits_te, hidden_td, gram_ee, attention_entropy_t, lens_tm };
+                let routing = routes.route(self.index, input).map_err(candle_core::Error::wrap)?;
+                routes.probe(self, x, input).map(|()| routing)
             };
-            let routing = routes.route(self.index, input).map_err(candle_core::Error::wrap)?;
-            routes.probe(self, x, input).map(|()| routing)
+            ops::on_host(&logits_te, |logits_te| {
+                if asked.hidden {
+                    ops::on_host(x, |hidden_td| route(logits_te, hidden_td))?
+                } else {
+                    route(logits_te, &[])
+                }
+            })?
         })?;
         let y = timed(Part::Experts, self.index, || self.experts.forward(x, &routing))?;
         let Some(shared) = &self.shared else { return Ok(y) };

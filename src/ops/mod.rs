@@ -20,6 +20,7 @@ mod kv;
 mod linear;
 mod norm;
 pub mod profile;
+mod read_out;
 pub mod reference;
 mod rotary;
 #[cfg(test)]
@@ -33,14 +34,24 @@ pub use host::HostTensor;
 pub use kv::{KvCache, KvShape, Segment, StepLayout, attention};
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
+pub use read_out::ReadOut;
 pub use rotary::Rotary;
-pub use threads::{ThreadsError, use_threads};
+pub use threads::{ThreadsError, on_pool, use_threads};
 
 use candle_core::{DType, Result, Tensor};
 
 /// Copies a tensor to the host as f32, row-major. On CUDA this waits for the device.
 pub fn to_host(x: &Tensor) -> Result<Vec<f32>> {
     x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// Lends the elements of a tensor on the host as f32, row-major. On CUDA this waits for the device.
+pub fn on_host<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    if x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous() {
+        cpu::with_f32(x, f)
+    } else {
+        Ok(f(&to_host(x)?))
+    }
 }
 
 /// `x + y`, of one shape.
@@ -51,6 +62,11 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 /// `x`, cut to `±limit`.
 pub fn clip(x: &Tensor, limit: f64) -> Result<Tensor> {
     if x.device().is_cpu() { cpu::clamp(x, -limit as f32, limit as f32) } else { x.clamp(-limit, limit) }
+}
+
+/// √(Σ xᵢ² / n) of n numbers.
+pub fn root_mean_square(x: &[f32]) -> f32 {
+    cpu::root_mean_square(x)
 }
 
 /// H(softmax(z)) in nats; NaN where a number is.

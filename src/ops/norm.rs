@@ -7,13 +7,13 @@ use candle_core::{DType, Result, Tensor};
 ///
 /// In a layer norm (Ba et al., arXiv 1607.06450) m is the mean of x; in an RMS norm (Zhang & Sennrich, arXiv
 /// 1910.07467) m and b are 0.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Norm {
     parameters: Parameters,
     eps: f32,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Parameters {
     Cpu {
         weight: Vec<f32>,
@@ -57,6 +57,14 @@ impl Norm {
             Parameters::Cuda { weight, bias: None } => super::cuda::rms_norm(x, weight, self.eps),
             #[cfg(feature = "cuda")]
             Parameters::Cuda { weight, bias: Some(bias) } => super::cuda::layer_norm(x, weight, bias, self.eps),
+        }
+    }
+
+    /// Weight and epsilon of an RMS norm on the CPU.
+    pub(super) fn as_rms_on_cpu(&self) -> Option<(&[f32], f32)> {
+        match &self.parameters {
+            Parameters::Cpu { weight, bias: None } => Some((weight, self.eps)),
+            _ => None,
         }
     }
 

@@ -1,6 +1,8 @@
 //! How many threads compute.
 
 use crate::types::Threads;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// Why the threads could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,47 @@ pub fn use_threads(threads: Option<Threads>) -> Result<(), ThreadsError> {
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());
     pool.build_global().map_err(|source| ThreadsError { threads, source })
+}
+
+/// How long a thread looks for work before it goes to sleep: longer than what is computed by one thread between two things
+/// that all compute. To be woken takes a thread some tens of microseconds.
+const AWAKE: Duration = Duration::from_micros(200);
+
+/// Runs `f`, which is a step or several, on a thread of the pool, while the others stay awake.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    let done = AtomicBool::new(false);
+    rayon::scope(|scope| {
+        let own = rayon::current_thread_index();
+        let done = &done;
+        scope.spawn_broadcast(move |_, thread| {
+            if Some(thread.index()) != own {
+                keep_awake(done);
+            }
+        });
+        let _done = Done(done);
+        f()
+    })
+}
+
+/// Does what work there is until `done`, or until there was none for a while.
+fn keep_awake(done: &AtomicBool) {
+    let mut since = Instant::now();
+    while !done.load(Ordering::Relaxed) && since.elapsed() < AWAKE {
+        match rayon::yield_now() {
+            Some(rayon::Yield::Executed) => since = Instant::now(),
+            // Whatever else wants the core shall have it.
+            _ => std::thread::yield_now(),
+        }
+    }
+}
+
+/// Says so when it is dropped, be it by a panic.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Whether this thread is known to be the only one of the process.

@@ -94,7 +94,7 @@ fn what_a_router_computes_for_itself_is_a_cost_of_the_forward_pass() {
     let tokens = prompt.len() as u64;
     let (layers, width, experts, vocab) = (6, 192, 8, 4096);
     assert_eq!(extra("gradient-norm"), tokens * layers * 2 * experts * experts);
-    assert_eq!(extra("logit-lens"), tokens * layers * 2 * width * 64);
+    assert_eq!(extra("logit-lens"), tokens * layers * 2 * width * 32);
     // The last token's logits are wanted anyway.
     assert_eq!(extra("surprisal"), (tokens - 1) * 2 * width * vocab);
     assert_eq!(extra("hidden-norm"), 0);

@@ -134,13 +134,16 @@ impl GateView<'_> {
 
     /// The tokens to route.
     pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
-        self.rows.iter().map(|&row| self.token(row as usize))
+        // Divided here once, which takes longer than anything else that is done for a token.
+        let tokens = self.step.token_t.len();
+        let widths = (self.input.hidden_td.len() / tokens, self.input.lens_tm.len() / tokens);
+        self.rows.iter().map(move |&row| self.token(row as usize, widths))
     }
 
-    /// The token at `row` of the step.
-    fn token(&self, row: usize) -> TokenGate<'_> {
+    /// The token at `row` of the step, by the widths of hidden states and of the read-out.
+    #[inline]
+    fn token(&self, row: usize, (hidden, lens): (usize, usize)) -> TokenGate<'_> {
         let (probs_e, order_e) = self.table.row(row);
-        let tokens = self.step.token_t.len();
         let known = |values_t: &[f32]| values_t.get(row).copied().unwrap_or(f32::NAN);
         TokenGate {
             row,
@@ -149,21 +152,15 @@ impl GateView<'_> {
             order_e,
             position: self.step.position_t[row],
             token: self.step.token_t[row],
-            hidden_d: row_of(self.input.hidden_td, row, tokens),
+            hidden_d: &self.input.hidden_td[row * hidden..][..hidden],
             gram_ee: self.input.gram_ee,
-            lens_m: row_of(self.input.lens_tm, row, tokens),
+            lens_m: &self.input.lens_tm[row * lens..][..lens],
             attention_entropy: known(self.input.attention_entropy_t),
             surprisal: known(&self.step.surprisal_t),
             tenant: self.step.tenant_t.get(row).copied().unwrap_or(0),
             decodes: self.step.decodes_t.get(row).copied().unwrap_or(false),
         }
     }
-}
-
-/// Row `row` of `values`, `[T, width]` or empty.
-fn row_of(values: &[f32], row: usize, tokens: usize) -> &[f32] {
-    let width = values.len() / tokens;
-    &values[row * width..(row + 1) * width]
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::ops::BitOr;
 
 /// M, the tokens of the vocabulary that [`GateInput::lens_tm`] has logits of, or all where there are fewer.
-pub const LENS_TOKENS: usize = 64;
+pub const LENS_TOKENS: usize = 32;
 
 /// Which signals a policy reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

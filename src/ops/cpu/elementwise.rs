@@ -1,6 +1,7 @@
 //! Arithmetic element by element and row by row, on the one pool that computes everything else: candle's operations have a
 //! pool of their own, whose threads wait actively and would take the cores from ours.
 
+use super::isa::multiversion;
 use super::rows::FLOPS_PER_COPY;
 use super::{SharedOut, for_each, with_f32};
 use candle_core::{Device, Result, Tensor};
@@ -13,7 +14,14 @@ pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if x.shape() != y.shape() {
         candle_core::bail!("{:?} cannot be added to {:?}", y.shape(), x.shape());
     }
-    with_f32(y, |y| changed(x, 1, |start, part| part.iter_mut().zip(&y[start..]).for_each(|(x, y)| *x += y)))?
+    with_f32(y, |y| changed(x, 1, |start, part| add_to(part, &y[start..start + part.len()])))?
+}
+
+multiversion!(pub(super) fn add_to(x: &mut [f32], y: &[f32]) = add_to_body);
+
+#[inline(always)]
+fn add_to_body(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }
 
 /// `x`, cut to `low..=high`.
@@ -28,7 +36,7 @@ pub(super) fn add_bias(y: &mut [f32], bias: &[f32]) {
         debug_assert_eq!(row * bias.len(), start);
         // SAFETY: items have disjoint chunks.
         let part = unsafe { std::slice::from_raw_parts_mut(out.from(start), chunk) };
-        part.chunks_exact_mut(bias.len()).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        part.chunks_exact_mut(bias.len()).for_each(|y| add_to(y, bias));
     });
 }
 

@@ -96,7 +96,11 @@ unsafe fn multiply_on(
     let next = match next.map(|(next, panel)| (next.data(), panel * next.panel_len())) {
         Some((Data::Bf16(w), start)) => w[start..].as_ptr(),
         _ => match w.data() {
-            Data::Bf16(w) => w[start..].as_ptr().wrapping_add(panels.len() * panel_len),
+            // After the last panel comes nothing: what is fetched then is in the cache.
+            Data::Bf16(w) => match &w[panels.end * panel_len..] {
+                [] => w[start..].as_ptr(),
+                next => next.as_ptr(),
+            },
             _ => std::ptr::null(),
         },
     };

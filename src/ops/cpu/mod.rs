@@ -24,7 +24,7 @@ pub(super) use elementwise::{add, clamp};
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
 pub use machine::Machine;
-pub(super) use norm::{layer_norm, rms_norm, rotate};
+pub(super) use norm::{layer_norm, rms_norm, root_mean_square, rotate};
 pub(super) use pack::{PackedMatrix, Packing};
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
@@ -46,14 +46,46 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Res
     if inputs != w.inputs() {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
-    let mut y = with_f32(x, |x| match Form::of(w) {
-        Form::F32 => kernel::matmul(Rows::of_f32(x, inputs), w),
-        Form::Bf16 => kernel::matmul(RowBuffer::rounded(x, inputs).rows(), w),
-    })?;
+    let mut y = with_f32(x, |x| in_form_of(w, x, |x| kernel::matmul(x, w)))?;
     if let Some(bias) = bias {
         with_f32(bias, |bias| elementwise::add_bias(&mut y, bias))?;
     }
     Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
+}
+
+/// `x [T, I] → [T, O]`, every row by the root mean square of `x`: what [`linear`] makes of [`rms_norm`]'s rows, where `w` has
+/// the norm's weight in it.
+pub(super) fn normed_linear(x: &Tensor, w: &PackedMatrix, eps: f32) -> Result<Vec<f32>> {
+    let ((tokens, inputs), outputs) = (x.dims2()?, w.outputs());
+    if inputs != w.inputs() {
+        candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
+    }
+    let product = 2 * kernel::counted_rows(tokens, Form::of(w)) * inputs * outputs;
+    let flops = product + tokens * inputs * rows::FLOPS_PER_COPY;
+    // Rows by rows rather than panels by panels: of few outputs the product is but a part of what is to be done for a row.
+    const ROWS: usize = 64;
+    let by_rows = |x: &[f32], out: SharedOut| {
+        for_each(tokens.div_ceil(ROWS), flops, |item| {
+            let first = item * ROWS;
+            let x = &x[first * inputs..(first + ROWS).min(tokens) * inputs];
+            // SAFETY: items write disjoint rows, and all columns of theirs before they read them.
+            unsafe {
+                let y = out.from(first * outputs);
+                in_form_of(w, x, |x| kernel::multiply(x, w, 0..outputs.div_ceil(pack::NR), y, outputs, None));
+                norm::divide_rows(std::slice::from_raw_parts_mut(y, x.len() / inputs * outputs), outputs, x, eps);
+            }
+        });
+    };
+    // SAFETY: items write all rows.
+    with_f32(x, |x| unsafe { elementwise::written(tokens * outputs, |out| by_rows(x, out)) })
+}
+
+/// Lends rows `x` in the form that products with `w` read.
+fn in_form_of<R>(w: &PackedMatrix, x: &[f32], f: impl FnOnce(Rows<'_>) -> R) -> R {
+    match Form::of(w) {
+        Form::F32 => f(Rows::of_f32(x, w.inputs())),
+        Form::Bf16 => f(RowBuffer::rounded(x, w.inputs()).rows()),
+    }
 }
 
 /// Rows `ids` of `w`, unpacked.
@@ -90,7 +122,7 @@ fn entropy_of_body(z: &[f32], entropy: &mut f32) {
 }
 
 /// Below this many FLOPs a parallel region costs more than it saves.
-const PARALLEL_FLOPS_MIN: usize = 1 << 20;
+const PARALLEL_FLOPS_MIN: usize = 1 << 18;
 
 /// Runs `f` for every item of `0..items`, on all threads when `flops` in all are worth it.
 fn for_each(items: usize, flops: usize, f: impl Fn(usize) + Sync + Send) {

@@ -2,6 +2,7 @@
 
 use super::elementwise::changed;
 use super::isa::multiversion;
+use super::math;
 use candle_core::{Result, Tensor};
 
 /// `x [T, n·W]`, every W elements by their root mean square, times `weight [W]`.
@@ -20,12 +21,60 @@ pub(crate) fn rotate(x: &Tensor, position_t: &[u32], head_dim: usize, tables: (&
     changed(x, width, |first, rows| rotate_rows(rows, &position_t[first..], (width, head_dim), tables))
 }
 
+/// See [`crate::ops::root_mean_square`].
+pub(crate) fn root_mean_square(x: &[f32]) -> f32 {
+    let mut mean = 0.0;
+    mean_square_of(x, &mut mean);
+    mean.sqrt()
+}
+
+multiversion!(fn mean_square_of(x: &[f32], mean: &mut f32) = mean_square_of_body);
+
+#[inline(always)]
+fn mean_square_of_body(x: &[f32], mean: &mut f32) {
+    *mean = mean_square(x);
+}
+
+/// Mean of x², summed in an order that depends on nothing but the number of elements.
+#[inline(always)]
+fn mean_square(x: &[f32]) -> f32 {
+    math::dot(x, x) / x.len() as f32
+}
+
+/// What an RMS norm multiplies a row with.
+#[inline(always)]
+pub(super) fn rms_scale(x: &[f32], eps: f32) -> f32 {
+    1.0 / (mean_square(x) + eps).sqrt()
+}
+
+/// Rows of `y`, `width` each, by the root mean squares of as many rows of `x`.
+pub(super) fn divide_rows(y: &mut [f32], width: usize, x: &[f32], eps: f32) {
+    let x_width = x.len() * width / y.len().max(1);
+    divide_rows_by(y, width, x, x_width, eps);
+}
+
+multiversion!(fn divide_rows_by(
+    y: &mut [f32],
+    width: usize,
+    x: &[f32],
+    x_width: usize,
+    eps: f32,
+) = divide_rows_by_body);
+
+#[inline(always)]
+fn divide_rows_by_body(y: &mut [f32], width: usize, x: &[f32], x_width: usize, eps: f32) {
+    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(x_width)) {
+        let scale = rms_scale(x, eps);
+        y.iter_mut().for_each(|y| *y *= scale);
+    }
+}
+
 multiversion!(fn rms_norm_rows(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_body);
 
 #[inline(always)]
 fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32) {
     for row in x.chunks_exact_mut(weight.len()) {
-        let scale = 1.0 / (mean_of(row, |v| v * v) + eps).sqrt();
+        let scale = rms_scale(row, eps);
         row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
     }
 }
@@ -35,24 +84,12 @@ multiversion!(fn layer_norm_rows(x: &mut [f32], weight: &[f32], bias: &[f32], ep
 #[inline(always)]
 fn layer_norm_body(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
     for row in x.chunks_exact_mut(weight.len()) {
-        let mean = mean_of(row, |v| v);
+        let mean = math::sum_by(row, row, |v, _| v) / row.len() as f32;
         // The variance from what is left of the mean, not from sums of squares, which cancel.
         row.iter_mut().for_each(|v| *v -= mean);
-        let scale = 1.0 / (mean_of(row, |v| v * v) + eps).sqrt();
+        let scale = rms_scale(row, eps);
         row.iter_mut().zip(weight.iter().zip(bias)).for_each(|(v, (w, b))| *v = *v * scale * w + b);
     }
-}
-
-/// The mean of `f` over a row, summed in 16 lanes: an order that depends on nothing but the row's width.
-#[inline(always)]
-fn mean_of(row: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let chunks = row.chunks_exact(16);
-    let rest: f32 = chunks.remainder().iter().map(|v| f(*v)).sum();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += f(*v));
-    }
-    (lanes.iter().sum::<f32>() + rest) / row.len() as f32
 }
 
 multiversion!(fn rotate_rows(

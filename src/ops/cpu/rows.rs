@@ -1,7 +1,8 @@
 //! Activations on their way into a product, in the form its weights ask for.
 
+use super::SharedOut;
 use super::aligned::Aligned;
-use super::isa::multiversion;
+use super::isa::{Isa, multiversion};
 use super::pack::{BLOCK, Data, PackedMatrix};
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -223,14 +224,10 @@ impl RowBuffer {
             }
             Form::Bf16 => {
                 let (head, blocks) = values.split_at(((BLOCK - column % BLOCK) % BLOCK).min(values.len()));
-                let mut column = column;
-                for values in [head].into_iter().chain(blocks.chunks(BLOCK)) {
-                    let at = column / BLOCK * self.stride + row * BLOCK + column % BLOCK;
-                    // SAFETY: as above; these elements lie in one block.
-                    let to = unsafe { std::slice::from_raw_parts_mut(self.start.cast::<u16>().add(at), values.len()) };
-                    round(values, to);
-                    column += values.len();
-                }
+                let out = SharedOut { start: self.start.cast(), len: 2 * self.words.len() };
+                let at = |column: usize| column / BLOCK * self.stride + row * BLOCK + column % BLOCK;
+                round(head, out, at(column), self.stride);
+                round(blocks, out, at(column + head.len()), self.stride);
             }
         }
     }
@@ -265,11 +262,46 @@ pub(super) const ROWS_PER_ITEM: usize = 16;
 /// What copying a number counts as: it is bound by memory.
 pub(super) const FLOPS_PER_COPY: usize = 8;
 
-multiversion!(fn round(x: &[f32], out: &mut [u16]) = round_body);
+/// Rounds `x` to elements `at..` of `out`, every [`BLOCK`] of it `stride` after the one before. They are the caller's alone.
+fn round(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::get() == Isa::Amx {
+        // SAFETY: a processor with tiles has these instructions.
+        return unsafe { x86::round(x, out, at, stride) };
+    }
+    round_plain(x, out, at, stride);
+}
+
+multiversion!(fn round_plain(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) = round_plain_body);
 
 #[inline(always)]
-fn round_body(x: &[f32], out: &mut [u16]) {
-    out.iter_mut().zip(x).for_each(|(out, x)| *out = bf16_bits(*x));
+fn round_plain_body(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
+    for (i, x) in x.chunks(BLOCK).enumerate() {
+        // SAFETY: the elements are in the buffer, and the caller's.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.from(at + i * stride), x.len()) };
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = bf16_bits(*x));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{BLOCK, SharedOut, round_plain_body};
+    use std::arch::x86_64::{__m512bh, _mm512_cvtne2ps_pbh, _mm512_loadu_ps};
+
+    /// [`super::round_plain`] by the processor's own conversion.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) fn round(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
+        let (blocks, rest) = x.as_chunks::<BLOCK>();
+        for (i, x) in blocks.iter().enumerate() {
+            // SAFETY: a block is two vectors of f32 and one of bf16, which lies in the buffer and is the caller's.
+            unsafe {
+                let low = _mm512_loadu_ps(x.as_ptr());
+                let high = _mm512_loadu_ps(x[BLOCK / 2..].as_ptr());
+                out.from(at + i * stride).cast::<__m512bh>().write_unaligned(_mm512_cvtne2ps_pbh(high, low));
+            }
+        }
+        round_plain_body(rest, out, at + blocks.len() * stride, stride);
+    }
 }
 
 /// `x` rounded to bf16, to nearest even. What is no normal number becomes 0, as in the tile unit, so that every
@@ -301,6 +333,20 @@ mod tests {
                 prop_assert_eq!(found.to_bits(), bf16::from_f32(x).to_bits());
             } else {
                 prop_assert_eq!(found.to_f32().to_bits(), 0.0f32.copysign(x).to_bits());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn rows_are_rounded_alike_by_every_instruction(bits in proptest::collection::vec(any::<u32>(), 1..200)) {
+            let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+            let buffer = RowBuffer::rounded(&x, x.len());
+            let rows = buffer.rows();
+            for (i, x) in x.iter().enumerate() {
+                // SAFETY: the element is in the row.
+                let found = unsafe { *rows.bf16().add(i / BLOCK * rows.block_stride() + i % BLOCK) };
+                prop_assert_eq!(found, bf16_bits(*x), "{:x}", x.to_bits());
             }
         }
     }

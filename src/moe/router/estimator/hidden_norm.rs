@@ -1,6 +1,7 @@
 //! `hidden-norm`: the length of the gate's input. After an RMS norm it varies by the norm's weights alone.
 
 use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument};
+use crate::ops;
 
 pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
     name: "hidden-norm",
@@ -21,8 +22,7 @@ impl Estimator for HiddenNorm {
     }
 
     fn measure(&self, token: &TokenGate<'_>) -> f32 {
-        let squares: f32 = token.hidden_d.iter().map(|h| h * h).sum();
-        (squares / token.hidden_d.len() as f32).sqrt()
+        ops::root_mean_square(token.hidden_d)
     }
 
     fn squash(&self, measure: f32) -> f32 {

@@ -6,7 +6,7 @@ use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument, softmax_
 pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
     name: "logit-lens",
     usage: "logit-lens",
-    formula: "s = H(softmax(LM head of the normed residual, on 64 tokens spread over the vocabulary)) / log 64; c = s",
+    formula: "s = H(softmax(LM head of the normed residual, on 32 tokens spread over the vocabulary)) / log 32; c = s",
     calibrates: true,
     parse: |argument| {
         no_argument("logit-lens", argument)?;

@@ -144,7 +144,7 @@ fn measures_are_what_a_hand_count_says() {
     assert!((of("router-margin", &blank(&sure, &order)) - 0.2).abs() < 1e-6);
     let told = TokenGate {
         hidden_d: &[3.0, -4.0],
-        lens_m: &[1.0; 64],
+        lens_m: &[1.0; 32],
         attention_entropy: 2.0f32.ln(),
         surprisal: 1.5,
         ..blank(&even, &order)

@@ -58,7 +58,13 @@ pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *m
                     let columns = (tile.columns - column).min(NR);
                     for row in 0..rows {
                         let results = results.add((stream * SQUARE * SQUARES + row) * NR);
-                        std::ptr::copy_nonoverlapping(results, out.add((first + row) * tile.stride + column), columns);
+                        let out = out.add((first + row) * tile.stride + column);
+                        if columns == NR {
+                            // Of a length the compiler knows, without a call.
+                            *out.cast::<[f32; NR]>() = *results.cast();
+                        } else {
+                            std::ptr::copy_nonoverlapping(results, out, columns);
+                        }
                     }
                 }
             }

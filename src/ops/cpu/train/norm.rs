@@ -2,6 +2,7 @@
 
 use super::super::isa::multiversion;
 use super::super::math;
+use super::super::norm::rms_scale;
 use super::{add_in_order, chunk_elements};
 use rayon::prelude::*;
 
@@ -23,11 +24,6 @@ fn rms_norm_rows_body(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
             *y = x * scale * w;
         }
     }
-}
-
-#[inline(always)]
-fn rms_scale(x: &[f32], eps: f32) -> f32 {
-    1.0 / (math::dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
 /// Gradients of [`rms_norm`] from that of its result: `(dx [T, D], dw [D])`.
