@@ -3,7 +3,7 @@
 use crate::model::{CausalLm, StepInput};
 use crate::moe::router::{ESTIMATORS, Estimator, GateView, Probe, Rule, StepTokens, TokenGate};
 use crate::moe::{MoeLayer, Policy, RouteCtx, RoutingBuilder};
-use crate::ops::{KvCache, KvShape, Segment, StepLayout, to_host};
+use crate::ops::{KvCache, KvShape, Segment, StepLayout, on_pool, to_host};
 use crate::types::{BlockId, RouterSpec, TokenId};
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl Trace {
         let mut watch = Watch::new(shape.moe.layers, shape.moe.experts, shape.moe.top_k);
         let mut losses_t = Vec::new();
         for tokens in windows {
-            let surprisal_t = passes.run(tokens, &policies, &mut watch)?;
+            let surprisal_t = on_pool(|| passes.run(tokens, &policies, &mut watch))?;
             watch.surprisals(tokens, &surprisal_t);
             losses_t.extend_from_slice(&surprisal_t[1..]);
             losses_t.push(f32::NAN);

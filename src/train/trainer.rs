@@ -9,6 +9,7 @@ use super::recipe::{LossSpec, PrecisionChoice, Recipe};
 use super::report::{EvalLog, Log, LogLine, RoutingAnalysis, RunResults, SCHEMA, Sample, StepLog};
 use super::state::{Progress, StateDir, StateError};
 use crate::ops::grad::{self, Precision};
+use crate::ops::on_pool;
 use crate::types::split_mix;
 use candle_core::{DType, Device, Tensor};
 use std::fs::File;
@@ -108,27 +109,10 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
 
     while now.step < optim.steps {
         let started = Instant::now();
-        let mut sums = StepSums::default();
-        let mut grads = Gradients::default();
-        for micro in 0..optim.accumulate {
-            let batch = data.train.batch(&mut now.cursor, recipe.seed, optim.batch, optim.seq);
-            let dropout_seed = split_mix(recipe.seed, now.step * optim.accumulate as u64 + micro as u64);
-            let forward = model.forward(&batch.inputs, batch.batch, Mode::Train { dropout_seed })?;
-            let share = 1.0 / optim.accumulate as f64;
-            let loss = losses(&model, &forward, &batch, &recipe.loss, share, &mut sums)?;
-            grads.add(model.params(), &loss.backward()?)?;
-            now.tokens += batch.inputs.len() as u64;
-        }
-        check_finite(&model, now.step + 1, sums.total)?;
-        let norm = grads.norm(model.params())?;
-        let norm = norm.map_err(|e| TrainError::Gradient { step: now.step + 1, tensor: e.name })?;
-        let scale = (optim.clip / norm.max(1e-12)).min(1.0);
-        let lr = learning_rate(optim, now.step);
-        adam.step(model.params(), &grads, optim, lr, scale)?;
-        now.step += 1;
+        let Stepped { sums, lr, norm, clipped } = on_pool(|| step(job, &model, &mut adam, &mut now))?;
         let seconds = started.elapsed().as_secs_f64();
         now.seconds += seconds;
-        let entry = sums.log(&now, lr, norm, scale < 1.0, seconds);
+        let entry = sums.log(&now, lr, norm, clipped, seconds);
         watch.step(&entry);
         write_line(&mut log, &LogLine::Step(entry), &job.out)?;
 
@@ -152,6 +136,40 @@ pub fn train(job: &Job<'_>, watch: &mut dyn Watch) -> Result<Outcome, TrainError
     }
     let samples = watch.sample(&job.out.join("model"));
     finish(job, &model, now, samples, precision).map(|results| Outcome::Finished(Box::new(results)))
+}
+
+/// What a step of the optimiser was.
+struct Stepped {
+    sums: StepSums,
+    lr: f64,
+    /// Of all gradients together, before they were clipped.
+    norm: f64,
+    clipped: bool,
+}
+
+/// One step of the optimiser.
+fn step(job: &Job<'_>, model: &MoeLm, adam: &mut AdamW, now: &mut Progress) -> Result<Stepped, TrainError> {
+    let Job { recipe, data, .. } = job;
+    let optim = &recipe.optim;
+    let mut sums = StepSums::default();
+    let mut grads = Gradients::default();
+    for micro in 0..optim.accumulate {
+        let batch = data.train.batch(&mut now.cursor, recipe.seed, optim.batch, optim.seq);
+        let dropout_seed = split_mix(recipe.seed, now.step * optim.accumulate as u64 + micro as u64);
+        let forward = model.forward(&batch.inputs, batch.batch, Mode::Train { dropout_seed })?;
+        let share = 1.0 / optim.accumulate as f64;
+        let loss = losses(model, &forward, &batch, &recipe.loss, share, &mut sums)?;
+        grads.add(model.params(), &loss.backward()?)?;
+        now.tokens += batch.inputs.len() as u64;
+    }
+    check_finite(model, now.step + 1, sums.total)?;
+    let norm = grads.norm(model.params())?;
+    let norm = norm.map_err(|e| TrainError::Gradient { step: now.step + 1, tensor: e.name })?;
+    let scale = (optim.clip / norm.max(1e-12)).min(1.0);
+    let lr = learning_rate(optim, now.step);
+    adam.step(model.params(), &grads, optim, lr, scale)?;
+    now.step += 1;
+    Ok(Stepped { sums, lr, norm, clipped: scale < 1.0 })
 }
 
 /// Refuses a loss that is no number, with the first parameter that is none: such a state must not be written.

@@ -45,7 +45,7 @@ pub struct StepTrace {
 }
 
 /// Looks at every mixture of a step as it is routed: how calibration sees a model.
-pub trait Probe {
+pub trait Probe: Send {
     /// `layer` is about to run on `x [T, D]`, whose tokens are all in `gate`, with every signal that the model can give
     /// ([`GateView::signals`]).
     ///
