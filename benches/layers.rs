@@ -12,6 +12,7 @@ use moe_serve::moe::router::{GateInput, ROUTERS, StepTokens};
 use moe_serve::moe::{Policy, RouteCtx, Routing, RoutingBuilder, StepTrace};
 use moe_serve::ops::{
     Backend, Experts, ExpertsBuilder, HostFfn, HostTensor, KvCache, KvShape, Linear, Segment, StepLayout, attention,
+    on_pool,
 };
 use moe_serve::types::{Activation, BlockId, MoeShape};
 use std::hint::black_box;
@@ -196,7 +197,12 @@ impl<'a> Decode<'a> {
         Self { model, kv, layout, rows: (0..batch as u32).collect(), tokens: decoded(batch, context) }
     }
 
+    /// One step, on the pool as the engine's.
     fn run(&mut self, policies: &[Arc<Policy>]) -> (Tensor, StepTrace) {
+        on_pool(|| self.run_here(policies))
+    }
+
+    fn run_here(&mut self, policies: &[Arc<Policy>]) -> (Tensor, StepTrace) {
         let input = StepInput { tokens: &self.tokens.token_t, layout: &self.layout, logit_rows: &self.rows };
         let mut routes = RouteCtx::new(&self.model.shape().moe, policies, &self.tokens);
         let hidden = self.model.forward(&input, &mut self.kv, &mut routes).expect("runs").expect("rows");
