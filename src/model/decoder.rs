@@ -115,13 +115,13 @@ impl CausalLm {
     }
 
     /// What the residual stream `x [T, D]` says already of some tokens of the vocabulary, as if no layer followed:
-    /// `[T, LENS_TOKENS]`.
+    /// `[T, M]`.
     fn read_out(&self, x: &Tensor) -> Result<Vec<f32>> {
         if self.lens.get().is_none() {
             let vocab = self.shape.vocab;
-            let count = LENS_TOKENS.min(vocab);
-            // Tokenizers number frequent tokens first: spread evenly, there are some of every frequency.
-            let rows: Vec<u32> = (0..count).map(|i| (i * vocab / count) as u32).collect();
+            let count = LENS_TOKENS.len().min(vocab);
+            let first = LENS_TOKENS.start.min(vocab - count);
+            let rows: Vec<u32> = (first..first + count).map(|id| id as u32).collect();
             // Who was faster made the same.
             let _ = self.lens.set(ReadOut::new(&self.lm_head.rows(&rows)?, &self.norm, &self.backend)?);
         }

@@ -61,7 +61,7 @@ impl CostModel {
             native_rows: (moe.layers * moe.top_k) as u64,
             moe_layers: moe.layers as u64,
             gram_flops: 2 * (moe.experts * moe.experts) as u64,
-            lens_flops: 2 * d * LENS_TOKENS.min(shape.vocab) as u64,
+            lens_flops: 2 * d * LENS_TOKENS.len().min(shape.vocab) as u64,
         }
     }
 

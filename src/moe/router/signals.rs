@@ -1,9 +1,10 @@
 //! What routers may know of a token beside its gate: computed only in steps where a policy reads it.
 
-use std::ops::BitOr;
+use std::ops::{BitOr, Range};
 
-/// M, the tokens of the vocabulary that [`GateInput::lens_tm`] has logits of, or all where there are fewer.
-pub const LENS_TOKENS: usize = 32;
+/// The M tokens of the vocabulary that [`GateInput::lens_tm`] has logits of, or as many where there are fewer. Tokenizers
+/// number special tokens and single bytes first, and then what they merged first, which is most frequent.
+pub const LENS_TOKENS: Range<usize> = 260..292;
 
 /// Which signals a policy reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

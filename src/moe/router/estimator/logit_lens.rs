@@ -1,12 +1,12 @@
 //! `logit-lens`: how undecided the model is here already about the next token, by an early read-out (nostalgebraist,
-//! "interpreting GPT: the logit lens", 2020) over a part of the vocabulary, which keeps it cheap.
+//! "interpreting GPT: the logit lens", 2020) over a few tokens that are frequent, which keeps it cheap.
 
 use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument, softmax_entropy_share};
 
 pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
     name: "logit-lens",
     usage: "logit-lens",
-    formula: "s = H(softmax(LM head of the normed residual, on 32 tokens spread over the vocabulary)) / log 32; c = s",
+    formula: "s = H(softmax(LM head of the normed residual, on 32 frequent tokens)) / log 32; c = s",
     calibrates: true,
     parse: |argument| {
         no_argument("logit-lens", argument)?;
