@@ -73,3 +73,35 @@ impl Drop for Done<'_> {
 fn alone() -> bool {
     std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rayon::prelude::*;
+
+    #[test]
+    fn what_runs_on_the_pool_runs_there_gives_its_result_and_may_panic_or_nest() {
+        assert!(rayon::current_thread_index().is_none());
+        for _ in 0..100 {
+            let sum = on_pool(|| {
+                assert!(rayon::current_thread_index().is_some());
+                on_pool(|| (0..1000u32).into_par_iter().with_max_len(1).sum::<u32>())
+            });
+            assert_eq!(sum, 499_500);
+        }
+        let panicked = std::panic::catch_unwind(|| on_pool::<()>(|| panic!("as tests do")));
+        assert!(panicked.is_err());
+        // Those that were awake meanwhile are there again.
+        assert_eq!(on_pool(|| (0..1000u32).into_par_iter().sum::<u32>()), 499_500);
+    }
+
+    #[test]
+    fn threads_that_find_nothing_to_do_go_to_sleep_before_a_long_step_is_over() {
+        let done = AtomicBool::new(false);
+        let started = Instant::now();
+        keep_awake(&done);
+        assert!(started.elapsed() >= AWAKE);
+        done.store(true, Ordering::Relaxed);
+        keep_awake(&done);
+    }
+}

@@ -135,7 +135,7 @@ impl GateView<'_> {
     /// The tokens to route.
     pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
         // Divided here once, which takes longer than anything else that is done for a token.
-        let tokens = self.step.token_t.len();
+        let tokens = self.step.token_t.len().max(1);
         let widths = (self.input.hidden_td.len() / tokens, self.input.lens_tm.len() / tokens);
         self.rows.iter().map(move |&row| self.token(row as usize, widths))
     }

@@ -17,6 +17,7 @@ pub(crate) fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     with_f32(y, |y| changed(x, 1, |start, part| add_to(part, &y[start..start + part.len()])))?
 }
 
+// Adds element by element, as far as both go.
 multiversion!(pub(super) fn add_to(x: &mut [f32], y: &[f32]) = add_to_body);
 
 #[inline(always)]

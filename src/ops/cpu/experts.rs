@@ -1,7 +1,7 @@
 //! Feed-forward nets over packed weights: gate and up fused with the activation, then down, then the weighted sum per
 //! token.
 
-use super::elementwise::add_bias;
+use super::elementwise::{add_bias, add_to};
 use super::isa::multiversion;
 use super::kernel::{counted_rows, matmul, multiply};
 use super::math;
@@ -96,7 +96,7 @@ impl PackedFfn {
                 // SAFETY: the row was just written.
                 let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), stride) };
                 if let Some(bias) = &self.inner_bias {
-                    add(tile, &bias[panels.start * parts * NR..]);
+                    add_to(tile, &bias[panels.start * parts * NR..]);
                 }
                 for (panel, tile) in panels.clone().zip(tile.chunks_exact(parts * NR)) {
                     let mut out = [0.0; NR];
@@ -133,7 +133,7 @@ impl PackedFfn {
                 // SAFETY: the row was just written, as far as there are columns.
                 let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), columns.len()) };
                 if let Some(bias) = &self.down_bias {
-                    add(tile, &bias[columns.clone()]);
+                    add_to(tile, &bias[columns.clone()]);
                 }
                 each(start + row, tile);
             }
@@ -154,11 +154,6 @@ fn in_parts(x: Rows<'_>, mut body: impl FnMut(Rows<'_>, usize, *mut f32)) {
     for first in (0..x.len()).step_by(ROWS) {
         body(x.slice(first..x.len().min(first + ROWS)), first, tile.as_mut_ptr().cast());
     }
-}
-
-/// Adds element by element, as far as `x` goes.
-fn add(x: &mut [f32], bias: &[f32]) {
-    x.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
 }
 
 multiversion!(fn swiglu_columns(gate_up: &[f32], out: &mut [f32]) = swiglu_columns_body);
