@@ -22,10 +22,10 @@ const WORDS: usize = BLOCK / 2 * NR;
 const STREAMS: usize = 2;
 
 /// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones: they stay in the first cache
-/// meanwhile, and so do these blocks of the rows. With few squares memory is what limits; with many, it is the results
-/// that are put aside between.
+/// meanwhile, and so do these blocks of the rows and the results. With few squares memory is what limits, and what comes
+/// from there is slowed by whatever else the first cache misses; with many, it is the results that are put aside between.
 fn depth(squares: usize) -> usize {
-    if squares <= 2 { 4 } else { 8 }
+    if squares <= 3 { 2 } else { 8 }
 }
 
 /// Blocks ahead of what is multiplied that are fetched.
