@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Raised whenever packed weights change their layout. Files begin with it, in this machine's byte order.
-const LAYOUT: u64 = u64::from_be_bytes(*b"moepack1");
+const LAYOUT: u64 = u64::from_be_bytes(*b"moepack2");
 /// What files begin with, and every buffer's announcement, take a cache line, so that buffers begin at one.
 const LINE: usize = 64;
 

@@ -7,7 +7,7 @@ use super::kernel::{counted_rows, matmul, multiply};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{Form, RowBuffer, Rows};
-use super::{SharedOut, for_each, with_f32};
+use super::{SharedOut, for_each, in_form_of, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
 use crate::types::Activation;
@@ -201,13 +201,13 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
     let (tokens, d) = x.dims2()?;
     let h = RowBuffer::new(Form::of(&net.down), tokens, net.width);
     with_f32(x, |x| {
-        let buffer = (Form::of(&net.inner) == Form::Bf16).then(|| RowBuffer::rounded(x, d));
-        let x = buffer.as_ref().map_or_else(|| Rows::of_f32(x, d), RowBuffer::rows);
-        let rows = counted_rows(tokens, Form::of(&net.inner));
-        let items = Items::of(net.hidden_panels(), net.hidden_panels_max(), 1);
-        for_each(items.len(), net.hidden_flops(rows, d), |item| {
-            // SAFETY: items write disjoint columns.
-            unsafe { net.hidden(x, items.panels(item), (&h, 0), None) };
+        in_form_of(&net.inner, x, |x| {
+            let rows = counted_rows(tokens, Form::of(&net.inner));
+            let items = Items::of(net.hidden_panels(), net.hidden_panels_max(), 1);
+            for_each(items.len(), net.hidden_flops(rows, d), |item| {
+                // SAFETY: items write disjoint columns.
+                unsafe { net.hidden(x, items.panels(item), (&h, 0), None) };
+            });
         });
     })?;
     let mut y = matmul(h.rows(), &net.down);
@@ -232,10 +232,7 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let active: Vec<usize> = (0..experts.len()).filter(|&e| !routing.expert_rows(e).is_empty()).collect();
 
     // x [R, D] and h [R, F]: rows sorted by expert, so every expert's rows are one block.
-    let gathered = with_f32(x, |x| match Form::of(&first.inner) {
-        Form::F32 => RowBuffer::gathered(Rows::of_f32(x, d), routing.token_r()),
-        Form::Bf16 => RowBuffer::gathered(RowBuffer::rounded(x, d).rows(), routing.token_r()),
-    })?;
+    let gathered = with_f32(x, |x| in_form_of(&first.inner, x, |x| RowBuffer::gathered(x, routing.token_r())))?;
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
     let counted: usize =
         active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();

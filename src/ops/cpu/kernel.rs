@@ -3,7 +3,8 @@
 //! A row's result depends neither on how many rows come with it nor on the instruction set it is computed with. With
 //! weights of f32 and f16 every output is one chain of multiply-adds over the inputs, in order. With weights of bf16
 //! activations are rounded to bf16 too, and every [`BLOCK`] of inputs is summed by itself, even and odd inputs in a
-//! chain each: the order of the tile unit (AMX), which the other kernels keep.
+//! chain each: the order of the tile unit (AMX), which the other kernels keep. Quantised weights have their own way, in
+//! [`super::quants`].
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -11,16 +12,12 @@ mod amx;
 mod avx512;
 mod plain;
 
-use super::aligned::Aligned;
 use super::elementwise::written;
 use super::for_each;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
-use super::quants::Quants;
-#[cfg(test)]
-use super::rows::RowBuffer;
+use super::quants::Product;
 use super::rows::{Form, Rows};
-use std::cell::Cell;
 use std::ops::Range;
 
 /// Panels one work item takes.
@@ -45,7 +42,7 @@ pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
 
 /// As how many rows `rows` count where it is weighed whether threads are worth it: tiles take 16 as quickly as one.
 pub(super) fn counted_rows(rows: usize, form: Form) -> usize {
-    if form == Form::Bf16 && Isa::get() == Isa::Amx { rows.div_ceil(16) } else { rows }
+    if form != Form::F32 && Isa::get() == Isa::Amx { rows.div_ceil(16) } else { rows }
 }
 
 /// [`matmul`] with the kernels of `isa`, on this thread.
@@ -53,10 +50,10 @@ pub(super) fn counted_rows(rows: usize, form: Form) -> usize {
 pub(super) fn matmul_on(isa: Isa, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
     let (rows, outputs) = (x.len() / w.inputs(), w.outputs());
     assert_eq!(y.len(), rows * outputs);
-    let buffer = RowBuffer::rounded(x, w.inputs());
-    let x = if Form::of(w) == Form::Bf16 { buffer.rows() } else { Rows::of_f32(x, w.inputs()) };
     // SAFETY: `y` holds all rows and columns and is borrowed here alone.
-    unsafe { multiply_on(isa, x, w, 0..outputs.div_ceil(NR), y.as_mut_ptr(), outputs, None) };
+    super::in_form_of(w, x, |x| unsafe {
+        multiply_on(isa, x, w, 0..outputs.div_ceil(NR), y.as_mut_ptr(), outputs, None);
+    });
 }
 
 /// All rows of `x` times panels `panels` of `w`, to `out`, whose rows are `stride` apart; columns past the
@@ -126,48 +123,12 @@ unsafe fn multiply_on(
                 amx::multiply(x.bf16(), w[start..].as_ptr(), &tile, out);
             }
             Data::Bf16(w) => dispatch_bf16(x.bf16(), w[start..].as_ptr(), &tile, out),
-            Data::Quantised(w) => multiply_quantised(x.bf16(), (w, panels), &tile, out),
-        }
-    }
-}
-
-thread_local! {
-    /// A panel that was widened.
-    static WIDENED: Cell<Aligned<u32>> = Cell::new(Aligned::zeroed(0));
-}
-
-/// # Safety
-/// As [`multiply`].
-unsafe fn multiply_quantised(x: *const u16, (w, panels): (&Quants, Range<usize>), tile: &Tile, out: *mut f32) {
-    let mut widened = WIDENED.replace(Aligned::zeroed(0));
-    if widened.len() < tile.panel_len {
-        widened = Aligned::zeroed(tile.panel_len);
-    }
-    for (i, panel) in panels.enumerate() {
-        let (out, columns) = (out.wrapping_add(i * NR), (tile.columns - i * NR).min(NR));
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the caller's word.
-        if unsafe {
-            let x = (x, tile.rows, (tile.x_row, tile.x_block));
-            w.multiply(tile.isa, panel, x, (out, tile.stride, columns))
-        } {
-            continue;
-        }
-        let words = &mut widened[..tile.panel_len];
-        w.widen(tile.isa, panel, words);
-        let next = words.as_ptr();
-        let tile = Tile { panels: 1, columns, next, ..*tile };
-        // SAFETY: the panel is whole; the rest is the caller's word.
-        unsafe {
-            match tile.isa {
-                // What was widened is in the cache, where tiles are quicker for any number of rows.
-                #[cfg(target_arch = "x86_64")]
-                Isa::Amx => amx::multiply(x, words.as_ptr(), &tile, out),
-                _ => dispatch_bf16(x, words.as_ptr(), &tile, out),
+            Data::Quantised(w) => {
+                let (rows, (x, x_block)) = (x.len(), x.bytes());
+                w.multiply(isa, panels, &Product { x, x_block, rows, out, stride, columns });
             }
         }
     }
-    WIDENED.set(widened);
 }
 
 /// What one call of a kernel covers.

@@ -84,7 +84,7 @@ pub(super) fn normed_linear(x: &Tensor, w: &PackedMatrix, eps: f32) -> Result<Ve
 fn in_form_of<R>(w: &PackedMatrix, x: &[f32], f: impl FnOnce(Rows<'_>) -> R) -> R {
     match Form::of(w) {
         Form::F32 => f(Rows::of_f32(x, w.inputs())),
-        Form::Bf16 => f(RowBuffer::rounded(x, w.inputs()).rows()),
+        form => f(RowBuffer::rounded(form, x, w.inputs()).rows()),
     }
 }
 

@@ -14,40 +14,84 @@ pub(super) enum Form {
     F32,
     /// Rounded to nearest even.
     Bf16,
+    /// Eight bits, with a scale for every [`BLOCK`].
+    Bytes,
 }
 
 impl Form {
     /// What products with `w` read.
     pub(super) fn of(w: &PackedMatrix) -> Self {
         match w.data() {
-            Data::Bf16(_) | Data::Quantised(_) => Self::Bf16,
+            Data::Bf16(_) => Self::Bf16,
+            Data::Quantised(_) => Self::Bytes,
             Data::F32(_) | Data::F16(_) => Self::F32,
         }
     }
 
+    /// Bytes of an element; a block of [`Self::Bytes`], a [`ByteBlock`], counts as many elements as one of bf16.
     fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::Bytes => 2,
         }
     }
 
     fn row_stride(self, stride: usize) -> usize {
         match self {
             Self::F32 => stride,
-            Self::Bf16 => BLOCK,
+            Self::Bf16 | Self::Bytes => BLOCK,
         }
     }
 }
 
-/// Rows of activations, `[M, I]`. Those of f32 lie row after row. Those of bf16 lie [`BLOCK`] inputs after the other, `[I /
-/// BLOCK, M, BLOCK]`: what a tile takes in is then 1 KB without gaps, wherever rows begin.
+/// A block of a row in eight bits, scale · code each. Of the same size as one of bf16.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ByteBlock {
+    /// From −127 to 127.
+    pub codes: [i8; BLOCK],
+    /// A 127th of the block's largest magnitude; NaN if that isn't finite.
+    pub scale: f32,
+    /// Of the codes.
+    pub sum: i32,
+    /// scale · sum
+    pub scaled_sum: f32,
+}
+
+const _: () = assert!(size_of::<ByteBlock>() == BLOCK * size_of::<u16>());
+
+impl ByteBlock {
+    /// Up to [`BLOCK`] numbers, and zeros after them.
+    #[inline(always)]
+    fn of(x: &[f32]) -> Self {
+        /// What has no larger number is a block of zeros: the inverse of its scale may be no number.
+        const LEAST: f32 = 1e-30;
+        /// Added to a number, it leaves this rounded to even in the lowest bits.
+        const ROUND: f32 = 12_582_912.0;
+        let mut whole = [0.0; BLOCK];
+        whole[..x.len()].copy_from_slice(x);
+        // As bits, in whose order what is no number comes last.
+        let largest = whole.iter().fold(0, |largest, x: &f32| largest.max(x.to_bits() & 0x7FFF_FFFF));
+        let largest = f32::from_bits(largest);
+        let inverse = if largest >= LEAST { 127.0 / largest } else { 0.0 };
+        let mut codes = [0; BLOCK];
+        for (code, x) in codes.iter_mut().zip(&whole) {
+            *code = (x * inverse + ROUND).to_bits() as i8;
+        }
+        let sum = codes.iter().map(|code| i32::from(*code)).sum();
+        let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+        Self { codes, scale, sum, scaled_sum: scale * sum as f32 }
+    }
+}
+
+/// Rows of activations, `[M, I]`. Those of f32 lie row after row. The others lie [`BLOCK`] inputs after the other, `[I /
+/// BLOCK, M, BLOCK]`: what a tile takes in then has no gaps, wherever rows begin.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     start: *const u8,
     form: Form,
     len: usize,
-    /// Elements from row to row; of bf16 from block to block.
+    /// Elements: of f32 from row to row, else from block to block.
     stride: usize,
     width: usize,
     lifetime: PhantomData<&'a [f32]>,
@@ -84,7 +128,7 @@ impl<'a> Rows<'a> {
     pub(super) fn block_stride(&self) -> usize {
         match self.form {
             Form::F32 => BLOCK,
-            Form::Bf16 => self.stride,
+            Form::Bf16 | Form::Bytes => self.stride,
         }
     }
 
@@ -112,6 +156,13 @@ impl<'a> Rows<'a> {
     pub(super) fn bf16(&self) -> *const u16 {
         assert_eq!(self.form, Form::Bf16, "products with these weights read bf16");
         self.start.cast()
+    }
+
+    /// The first row's first block, where they have eight bits, and how many blocks after it the row's next one comes. Other
+    /// rows' come one after the other; whole squares of rows may be read.
+    pub(super) fn bytes(&self) -> (*const ByteBlock, usize) {
+        assert_eq!(self.form, Form::Bytes, "products with these weights read eight bits");
+        (self.start.cast(), self.stride / BLOCK)
     }
 }
 
@@ -142,7 +193,7 @@ impl RowBuffer {
     pub(super) fn new(form: Form, len: usize, width: usize) -> Self {
         let (stride, words) = match form {
             Form::F32 => (width, len * width),
-            Form::Bf16 => {
+            Form::Bf16 | Form::Bytes => {
                 // An odd number of cache lines: were blocks a multiple of 4 KB apart, they would share a set of the cache.
                 let stride = ((len + SPARE_ROWS) | 1) * BLOCK;
                 (stride, width.div_ceil(BLOCK) * stride / 2)
@@ -159,9 +210,9 @@ impl RowBuffer {
         buffer
     }
 
-    /// `x [M, I]` as bf16.
-    pub(super) fn rounded(x: &[f32], width: usize) -> Self {
-        let buffer = Self::new(Form::Bf16, x.len() / width, width);
+    /// `x [M, I]` in another form.
+    pub(super) fn rounded(form: Form, x: &[f32], width: usize) -> Self {
+        let buffer = Self::new(form, x.len() / width, width);
         super::for_each(buffer.len.div_ceil(ROWS_PER_ITEM), x.len() * FLOPS_PER_COPY, |item| {
             let first = item * ROWS_PER_ITEM;
             for row in first..buffer.len.min(first + ROWS_PER_ITEM) {
@@ -177,7 +228,7 @@ impl RowBuffer {
         let buffer = Self::new(x.form, from.len(), x.width);
         let (blocks, block) = match x.form {
             Form::F32 => (1, x.width * x.form.bytes()),
-            Form::Bf16 => (x.width.div_ceil(BLOCK), BLOCK * x.form.bytes()),
+            Form::Bf16 | Form::Bytes => (x.width.div_ceil(BLOCK), BLOCK * x.form.bytes()),
         };
         let items = from.len().div_ceil(ROWS_PER_ITEM);
         super::for_each(items, from.len() * x.width * FLOPS_PER_COPY, |item| {
@@ -208,7 +259,7 @@ impl RowBuffer {
         }
     }
 
-    /// Writes elements `column..` of row `row`.
+    /// Writes elements `column..` of row `row`: of eight bits whole blocks, but for the row's end.
     ///
     /// # Safety
     /// No one else may read or write these elements at the same time.
@@ -228,6 +279,13 @@ impl RowBuffer {
                 let at = |column: usize| column / BLOCK * self.stride + row * BLOCK + column % BLOCK;
                 round(head, out, at(column), self.stride);
                 round(blocks, out, at(column + head.len()), self.stride);
+            }
+            Form::Bytes => {
+                assert!(column.is_multiple_of(BLOCK), "blocks have one scale");
+                assert!(values.len().is_multiple_of(BLOCK) || column + values.len() == self.width);
+                let out = SharedOut { start: self.start.cast(), len: self.words.len() / (size_of::<ByteBlock>() / 4) };
+                let stride = self.stride / BLOCK;
+                write_bytes(values, out, column / BLOCK * stride + row, stride);
             }
         }
     }
@@ -270,6 +328,17 @@ fn round(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
         return unsafe { x86::round(x, out, at, stride) };
     }
     round_plain(x, out, at, stride);
+}
+
+multiversion!(fn write_bytes(x: &[f32], out: SharedOut<ByteBlock>, at: usize, stride: usize) = write_bytes_body);
+
+/// Writes blocks to `at` and every `stride` blocks after it. They are the caller's alone.
+#[inline(always)]
+fn write_bytes_body(x: &[f32], out: SharedOut<ByteBlock>, at: usize, stride: usize) {
+    for (i, x) in x.chunks(BLOCK).enumerate() {
+        // SAFETY: the block is in the buffer, and the caller's.
+        unsafe { out.from(at + i * stride).write(ByteBlock::of(x)) };
+    }
 }
 
 multiversion!(fn round_plain(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) = round_plain_body);
@@ -341,7 +410,7 @@ mod tests {
         #[test]
         fn rows_are_rounded_alike_by_every_instruction(bits in proptest::collection::vec(any::<u32>(), 1..200)) {
             let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
-            let buffer = RowBuffer::rounded(&x, x.len());
+            let buffer = RowBuffer::rounded(Form::Bf16, &x, x.len());
             let rows = buffer.rows();
             for (i, x) in x.iter().enumerate() {
                 // SAFETY: the element is in the row.
@@ -351,11 +420,41 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn eight_bits_are_within_half_a_step_and_say_their_sum(x in proptest::collection::vec(-100.0f32..100.0, 1..=BLOCK)) {
+            let block = ByteBlock::of(&x);
+            let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            for (code, x) in block.codes.iter().zip(&x) {
+                prop_assert!((f32::from(*code) * block.scale - x).abs() <= 0.501 * largest / 127.0);
+            }
+            prop_assert!(block.codes[x.len()..].iter().all(|code| *code == 0));
+            prop_assert_eq!(block.sum, block.codes.iter().map(|code| i32::from(*code)).sum::<i32>());
+            prop_assert_eq!(block.scaled_sum, block.scale * block.sum as f32);
+            let buffer = RowBuffer::rounded(Form::Bytes, &[&x[..], &x].concat(), x.len());
+            let (blocks, _) = buffer.rows().bytes();
+            // SAFETY: there are two rows of one block each.
+            let rows = unsafe { [&*blocks, &*blocks.add(1)] };
+            prop_assert_eq!(rows, [&block; 2]);
+        }
+    }
+
+    #[test]
+    fn eight_bits_of_nothing_and_of_too_little_are_zeros_and_of_no_number_none() {
+        for x in [0.0, 1e-31, -1e-40] {
+            assert_eq!(ByteBlock::of(&[x; 3]).codes, [0; BLOCK]);
+        }
+        assert_eq!(ByteBlock::of(&[1e-29, 0.0]).codes[..2], [127, 0]);
+        for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(ByteBlock::of(&[1.0, x, 2.0]).scale.is_nan());
+        }
+    }
+
     #[test]
     fn rows_end_in_zeros_whatever_the_memory_held_before() {
-        drop(RowBuffer::rounded(&[f32::NAN; 40 * 64], 64));
+        drop(RowBuffer::rounded(Form::Bf16, &[f32::NAN; 40 * 64], 64));
         let x: Vec<f32> = (0..3 * 37).map(|x| x as f32).collect();
-        let buffer = RowBuffer::rounded(&x, 37);
+        let buffer = RowBuffer::rounded(Form::Bf16, &x, 37);
         let rows = buffer.rows();
         for (row, block) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)] {
             let at = block * rows.block_stride() + row * rows.row_stride();

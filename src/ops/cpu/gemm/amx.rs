@@ -6,22 +6,24 @@ use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-/// Whether the processor has bf16 tiles and AVX-512 with bf16, and the system lets this process use them.
+/// Whether the processor has tiles of bf16 and of bytes and AVX-512 with dot products of both, and the system lets this
+/// process use them.
 pub(super) fn usable() -> bool {
     static USABLE: OnceLock<bool> = OnceLock::new();
     *USABLE.get_or_init(|| has_instructions() && permitted())
 }
 
 fn has_instructions() -> bool {
-    const AMX_BF16_AND_TILE: u32 = 1 << 22 | 1 << 24;
+    const AMX_BF16_TILE_AND_INT8: u32 = 1 << 22 | 1 << 24 | 1 << 25;
     /// Bits of XCR0 for the state of tiles.
     const TILE_STATE: u64 = 0b11 << 17;
     let vectors = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512bf16");
+        && is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512vnni");
     vectors
         && __cpuid(0).eax >= 7
-        && __cpuid_count(7, 0).edx & AMX_BF16_AND_TILE == AMX_BF16_AND_TILE
+        && __cpuid_count(7, 0).edx & AMX_BF16_TILE_AND_INT8 == AMX_BF16_TILE_AND_INT8
         // SAFETY: AVX-512 was found, which implies that the system has switched on XGETBV.
         && unsafe { xcr0() } & TILE_STATE == TILE_STATE
 }
@@ -81,10 +83,16 @@ impl Tiles {
     /// # Panics
     /// If tiles aren't [`usable`].
     pub(in crate::ops::cpu) fn configure() -> Self {
-        assert!(usable(), "this machine has no bf16 tiles");
+        Self::of([(16, 64); 8])
+    }
+
+    /// Rows, and bytes of each, of every tile.
+    fn of(tiles: [(u8, u16); 8]) -> Self {
+        assert!(usable(), "this machine has no tiles");
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].fill(16);
+        for (tile, (rows, bytes)) in tiles.into_iter().enumerate() {
+            (config.rows[tile], config.row_bytes[tile]) = (rows, bytes);
+        }
         // SAFETY: the unit is there, and the instruction reads 64 bytes. Without `readonly`, `nomem` and `pure` the
         // compiler must have written them before.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, preserves_flags)) };
@@ -188,6 +196,19 @@ impl Tiles {
                 options(nostack),
             );
         }
+    }
+}
+
+/// Tiles for products of 32 bytes each: four of 16 rows of 16 sums, two of 16 rows of 32 bytes, and two of 8 rows of four
+/// bytes of 16 columns.
+pub(in crate::ops::cpu) struct ByteTiles(Tiles);
+
+impl ByteTiles {
+    /// # Panics
+    /// If tiles aren't [`usable`].
+    pub(in crate::ops::cpu) fn configure() -> Self {
+        let (sums, rows, columns) = ((16, 64), (16, 32), (8, 64));
+        Self(Tiles::of([sums, sums, sums, sums, rows, rows, columns, columns]))
     }
 }
 

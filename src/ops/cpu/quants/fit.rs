@@ -1,6 +1,6 @@
 //! From weights to codes.
 
-use super::{Format, SUPER};
+use super::{Format, GROUP, SUPER};
 use crate::ops::cpu::isa::multiversion;
 use crate::ops::cpu::pack::{BLOCK, NR};
 use half::f16;
@@ -30,11 +30,13 @@ impl Columns<'_> {
         for ((codes, scales), weights) in blocks.zip(weights.chunks_exact(BLOCK)) {
             let largest = weights.iter().fold(0.0f32, |largest, x| if x.abs() > largest.abs() { *x } else { largest });
             let scale = f16::from_f32(if format == Format::Q8_0 { largest.abs() / 127.0 } else { largest / -8.0 });
-            let (wide, most) = (scale.to_f32(), if format == Format::Q8_0 { 127.0 } else { 7.0 });
-            let code = |x: f32| if wide == 0.0 { 0 } else { (x / wide).round().clamp(-most - 1.0, most) as i8 };
+            let (wide, [least, most]) =
+                (scale.to_f32(), if format == Format::Q8_0 { [-127.0, 127.0] } else { [-8.0, 7.0] });
+            let code = |x: f32| if wide == 0.0 { 0 } else { (x / wide).round().clamp(least, most) as i8 };
             if format == Format::Q8_0 {
-                for (code_of, x) in codes[column..].iter_mut().step_by(NR).zip(weights) {
-                    *code_of = code(*x).cast_unsigned();
+                let groups = codes[column * GROUP..].chunks_mut(NR * GROUP).zip(weights.chunks_exact(GROUP));
+                for (codes, weights) in groups {
+                    codes.iter_mut().zip(weights).for_each(|(to, x)| *to = code(*x).cast_unsigned());
                 }
             } else {
                 write_four(codes, column, weights, |x| (code(x) + 8) as u8);
@@ -69,10 +71,12 @@ impl Columns<'_> {
     }
 }
 
-/// Codes of a block, two to a byte.
+/// Codes of a column's block, into their half of the bytes, which must be zero.
 fn write_four(codes: &mut [u8], column: usize, weights: &[f32], code: impl Fn(f32) -> u8) {
-    for (codes, x) in codes[column..].iter_mut().step_by(NR).zip(weights.chunks_exact(2)) {
-        *codes = code(x[0]) | code(x[1]) << 4;
+    let (place, shift) = (column % (NR / 2), column / (NR / 2) * 4);
+    let groups = codes[place * GROUP..].chunks_mut(NR / 2 * GROUP).zip(weights.chunks_exact(GROUP));
+    for (codes, weights) in groups {
+        codes.iter_mut().zip(weights).for_each(|(to, x)| *to |= code(*x) << shift);
     }
 }
 

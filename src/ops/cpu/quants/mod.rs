@@ -1,5 +1,7 @@
-//! Quantised weights: blocks of 32 inputs with a scale each, as in ggml's formats of the same names. A product widens one
-//! panel after the other to bf16 and goes on as with weights of bf16: where memory is what limits, that is free.
+//! Quantised weights: blocks of 32 inputs with a scale each, as in ggml's formats of the same names. In a product with them
+//! activations have eight bits too, and a scale for every block of a row. The products of a block then add up to a whole
+//! number, exactly, in whatever order and by whatever instructions; block after block goes, times both scales, into a sum of
+//! f32.
 
 mod fit;
 #[cfg(test)]
@@ -9,13 +11,14 @@ mod x86;
 
 use super::aligned::Aligned;
 use super::cache::{PackCache, Packed};
-use super::isa::{Isa, multiversion};
+use super::isa::Isa;
 use super::pack::{BLOCK, NR};
-use super::rows::bf16_bits;
+use super::rows::ByteBlock;
 use crate::ops::HostTensor;
 use fit::Columns;
 use half::f16;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// What codes and scales mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +32,8 @@ pub(super) enum Format {
     Q4K,
 }
 
-/// Pairs of inputs in a block.
-const PAIRS: usize = BLOCK / 2;
+/// Inputs whose codes lie side by side, as tiles and dot products of bytes want them.
+const GROUP: usize = 4;
 /// Blocks that share scales in [`Format::Q4K`].
 const SUPER: usize = 8;
 
@@ -41,6 +44,11 @@ impl Format {
             Self::Q8_0 => BLOCK * NR,
             Self::Q4_0 | Self::Q4K => BLOCK * NR / 2,
         }
+    }
+
+    /// How much larger codes of four bits are than what they mean.
+    fn excess(self) -> u8 {
+        if self == Self::Q4_0 { 8 } else { 0 }
     }
 
     /// Scales of a panel of `blocks`.
@@ -66,8 +74,8 @@ pub(super) struct Quants {
     format: Format,
     /// Blocks of a panel.
     blocks: usize,
-    /// `[panels, blocks, pairs of inputs]`, of eight bits `[2, NR]`: the even inputs of all outputs, then the odd ones; of
-    /// four bits `[NR]`: the even input in the low half, in `Q4_0` eight too large.
+    /// `[panels, blocks, BLOCK / GROUP]`, of eight bits `[NR, GROUP]`; of four bits `[NR / 2, GROUP]`: of the first half of the
+    /// columns in the low halves, in `Q4_0` eight too large.
     codes: Packed<u8>,
     /// f16: `[panels, blocks, NR]`, or of `Q4K` `[panels, blocks / SUPER, 2, NR]`: of steps, then of offsets.
     scales: Packed<u16>,
@@ -75,9 +83,10 @@ pub(super) struct Quants {
     multiples: Packed<u8>,
 }
 
-/// A panel, or some of its blocks.
+/// A panel.
 #[derive(Clone, Copy)]
 struct Panel<'a> {
+    format: Format,
     codes: &'a [u8],
     scales: &'a [u16],
     multiples: &'a [u8],
@@ -130,74 +139,38 @@ impl Quants {
         let scales = self.format.panel_scales(self.blocks);
         let multiples = self.format.panel_multiples(self.blocks);
         Panel {
+            format: self.format,
             codes: &self.codes[panel * codes..(panel + 1) * codes],
             scales: &self.scales[panel * scales..(panel + 1) * scales],
             multiples: &self.multiples[panel * multiples..(panel + 1) * multiples],
         }
     }
 
-    /// Writes `panel` as bf16 to `out`, `[pairs of inputs, NR]`, with the instructions of `isa`, which this processor must
-    /// have. All make the same of it.
-    pub(super) fn widen(&self, isa: Isa, panel: usize, out: &mut [u32]) {
-        assert_eq!(out.len(), self.blocks * PAIRS * NR);
-        let panel = self.panel(panel);
-        #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Amx {
-            // SAFETY: who has tiles has these instructions.
-            unsafe {
-                return match self.format {
-                    Format::Q8_0 => x86::widen_q8_0(panel, out),
-                    Format::Q4_0 => x86::widen_q4_0(panel, out),
-                    Format::Q4K => x86::widen_q4_k(panel, out),
-                };
-            }
-        }
-        match self.format {
-            Format::Q8_0 => widen_q8_0(panel, out),
-            Format::Q4_0 => widen_q4_0(panel, out),
-            Format::Q4K => widen_q4_k(panel, out),
-        }
-    }
-
-    /// Products of few rows with `panel` as if it had been widened. False where there is no quicker way than that, and nothing
-    /// was done.
+    /// The product with `panels`, with the instructions of `isa`, which this processor must have.
     ///
     /// # Safety
-    /// `x` must hold `rows` rows of whole blocks, `x_strides` elements from row to row and from block to block; `out` be valid
-    /// for as many, `stride` elements apart, of `columns`.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) unsafe fn multiply(
-        &self,
-        isa: Isa,
-        panel: usize,
-        (x, rows, x_strides): (*const u16, usize, (usize, usize)),
-        (out, stride, columns): (*mut f32, usize, usize),
-    ) -> bool {
-        if isa != Isa::Amx {
-            return false;
-        }
-        let panel = self.panel(panel);
-        let of = x86::Product { x, x_row: x_strides.0, x_block: x_strides.1, out, stride, columns };
-        macro_rules! with_rows {
-            ($multiply:ident) => {
-                match rows {
-                    1 => x86::$multiply::<1>(panel, &of),
-                    2 => x86::$multiply::<2>(panel, &of),
-                    3 => x86::$multiply::<3>(panel, &of),
-                    4 => x86::$multiply::<4>(panel, &of),
-                    _ => return false,
+    /// The pointers of `of` must be valid for its rows, and for whole tiles of them, of this matrix's blocks and columns.
+    pub(super) unsafe fn multiply(&self, isa: Isa, panels: Range<usize>, of: &Product) {
+        for (i, panel) in panels.enumerate() {
+            let of = Product { out: of.out.wrapping_add(i * NR), columns: (of.columns - i * NR).min(NR), ..*of };
+            let panel = self.panel(panel);
+            // SAFETY: instructions as `isa` says; the rest is the caller's word.
+            unsafe {
+                #[cfg(target_arch = "x86_64")]
+                match isa {
+                    Isa::Amx if of.rows >= x86::TILES_MIN => x86::multiply_tiles(panel, &of),
+                    Isa::Amx => x86::multiply_vectors(panel, &of),
+                    Isa::Avx512 if is_x86_feature_detected!("avx512vnni") => x86::multiply_vectors(panel, &of),
+                    Isa::Avx512 | Isa::Avx2 => x86::multiply_avx2(panel, &of),
+                    Isa::Portable => of.multiply_by(panel, products),
                 }
-            };
-        }
-        // SAFETY: who has tiles has these instructions; the rest is the caller's word.
-        unsafe {
-            match self.format {
-                Format::Q8_0 => with_rows!(multiply_q8_0),
-                Format::Q4_0 => with_rows!(multiply_q4_0),
-                Format::Q4K => with_rows!(multiply_q4_k),
+                #[cfg(not(target_arch = "x86_64"))]
+                {
+                    let _ = isa;
+                    of.multiply_by(panel, products);
+                }
             }
         }
-        true
     }
 
     /// Weights of output `o` as they are multiplied.
@@ -206,83 +179,126 @@ impl Quants {
         for (i, value) in out.iter_mut().enumerate() {
             let block = i / BLOCK;
             let codes = &panel.codes[block * self.format.block_bytes()..][..self.format.block_bytes()];
-            let (pair, odd) = (i % BLOCK / 2, i % 2);
-            let four = |codes: &[u8]| f32::from(codes[pair * NR + column] >> (4 * odd) & 15);
-            let scale = |at: usize| f16::from_bits(panel.scales[at * NR + column]).to_f32();
-            let weight = match self.format {
-                Format::Q8_0 => f32::from(codes[(2 * pair + odd) * NR + column].cast_signed()) * scale(block),
-                Format::Q4_0 => (four(codes) - 8.0) * scale(block),
-                Format::Q4K => {
-                    let [step, offset] = [0, 1].map(|kind| {
-                        let multiple = panel.multiples[(2 * block + kind) * NR + column];
-                        scale(block / SUPER * 2 + kind) * f32::from(multiple)
-                    });
-                    four(codes) * step - offset
-                }
+            let (group, i) = (i % BLOCK / GROUP, i % GROUP);
+            let eight = || f32::from(codes[(group * NR + column) * GROUP + i].cast_signed());
+            let four = || {
+                let codes = codes[(group * NR / 2 + column % (NR / 2)) * GROUP + i];
+                f32::from(if column < NR / 2 { codes & 15 } else { codes >> 4 })
             };
-            *value = f32::from_bits(u32::from(bf16_bits(weight)) << 16);
+            let [scale, offset] = panel.factors(block).map(|factors| factors[column]);
+            *value = match self.format {
+                Format::Q8_0 => eight() * scale,
+                Format::Q4_0 => (four() - 8.0) * scale,
+                Format::Q4K => four() * scale - offset,
+            };
         }
     }
 }
 
-multiversion!(fn widen_q8_0(panel: Panel<'_>, out: &mut [u32]) = widen_q8_0_body);
-multiversion!(fn widen_q4_0(panel: Panel<'_>, out: &mut [u32]) = widen_q4_0_body);
-multiversion!(fn widen_q4_k(panel: Panel<'_>, out: &mut [u32]) = widen_q4_k_body);
+/// Rows of activations, and where their products go.
+#[derive(Clone, Copy)]
+pub(super) struct Product {
+    pub x: *const ByteBlock,
+    /// From a block of a row to the row's next one.
+    pub x_block: usize,
+    pub rows: usize,
+    pub out: *mut f32,
+    /// Elements between rows of products.
+    pub stride: usize,
+    /// Columns that are written.
+    pub columns: usize,
+}
 
-#[inline(always)]
-fn widen_q8_0_body(panel: Panel<'_>, out: &mut [u32]) {
-    let mut codes = panel.codes.chunks_exact(2 * NR);
-    for (scales, out) in panel.scales.chunks_exact(NR).zip(out.chunks_exact_mut(PAIRS * NR)) {
-        let scales = wide(scales);
-        widen_block(&mut codes, out, |codes, i| {
-            [codes[i], codes[NR + i]].map(|code| f32::from(code.cast_signed()) * scales[i])
-        });
+/// A block's codes with their signs, `[BLOCK / GROUP, NR, GROUP]`.
+type Signed = [i8; BLOCK * NR];
+
+impl<'a> Panel<'a> {
+    /// Codes of every block.
+    fn blocks(&self) -> std::slice::ChunksExact<'a, u8> {
+        self.codes.chunks_exact(self.format.block_bytes())
+    }
+
+    /// What sums of a block's codes count for, and what is taken off for those of activations.
+    #[inline(always)]
+    fn factors(&self, block: usize) -> [[f32; NR]; 2] {
+        let scale = |at: usize| -> [f32; NR] {
+            std::array::from_fn(|column| f16::from_bits(self.scales[at * NR + column]).to_f32())
+        };
+        if self.format != Format::Q4K {
+            return [scale(block), [0.0; NR]];
+        }
+        [0, 1].map(|kind| {
+            let (scales, multiples) = (scale(block / SUPER * 2 + kind), &self.multiples[(2 * block + kind) * NR..]);
+            std::array::from_fn(|column| scales[column] * f32::from(multiples[column]))
+        })
+    }
+
+    /// A block's codes of eight bits, or those of four taken apart into `room`.
+    #[inline(always)]
+    fn signed<'b>(&self, codes: &'b [u8], room: &'b mut Signed) -> &'b Signed {
+        const HALF: usize = NR / 2 * GROUP;
+        if self.format == Format::Q8_0 {
+            // SAFETY: bytes are as good with a sign; a block has as many.
+            return unsafe { &*std::ptr::from_ref(&codes[..BLOCK * NR]).cast() };
+        }
+        let less = self.format.excess();
+        for (codes, out) in codes.as_chunks::<HALF>().0.iter().zip(room.as_chunks_mut::<{ 2 * HALF }>().0) {
+            for i in 0..HALF {
+                out[i] = (codes[i] & 15).wrapping_sub(less).cast_signed();
+                out[HALF + i] = (codes[i] >> 4).wrapping_sub(less).cast_signed();
+            }
+        }
+        room
     }
 }
 
-#[inline(always)]
-fn widen_q4_0_body(panel: Panel<'_>, out: &mut [u32]) {
-    let mut codes = panel.codes.chunks_exact(NR);
-    for (scales, out) in panel.scales.chunks_exact(NR).zip(out.chunks_exact_mut(PAIRS * NR)) {
-        let scales = wide(scales);
-        widen_block(&mut codes, out, |codes, i| {
-            [codes[i] & 15, codes[i] >> 4].map(|code| f32::from(code.cast_signed() - 8) * scales[i])
-        });
-    }
-}
+/// Rows whose sums are kept at a time.
+const ROWS: usize = 8;
 
-#[inline(always)]
-fn widen_q4_k_body(panel: Panel<'_>, out: &mut [u32]) {
-    let mut codes = panel.codes.chunks_exact(NR);
-    let mut multiples = panel.multiples.chunks_exact(2 * NR);
-    for (scales, out) in panel.scales.chunks_exact(2 * NR).zip(out.chunks_mut(SUPER * PAIRS * NR)) {
-        let [steps, offsets] = [wide(&scales[..NR]), wide(&scales[NR..])];
-        for (out, multiples) in out.chunks_exact_mut(PAIRS * NR).zip(&mut multiples) {
-            let step: [f32; NR] = std::array::from_fn(|i| steps[i] * f32::from(multiples[i]));
-            let offset: [f32; NR] = std::array::from_fn(|i| offsets[i] * f32::from(multiples[NR + i]));
-            widen_block(&mut codes, out, |codes, i| {
-                [codes[i] & 15, codes[i] >> 4].map(|code| f32::from(code) * step[i] - offset[i])
-            });
+impl Product {
+    /// `products` gives the sums of a block of codes times one of a row.
+    ///
+    /// # Safety
+    /// As [`Quants::multiply`].
+    #[inline(always)]
+    unsafe fn multiply_by(&self, panel: Panel<'_>, products: impl Fn(&Signed, &[i8; BLOCK]) -> [i32; NR]) {
+        for first in (0..self.rows).step_by(ROWS) {
+            let rows = first..self.rows.min(first + ROWS);
+            let mut sums = [[0.0f32; NR]; ROWS];
+            for (block, codes) in panel.blocks().enumerate() {
+                let mut room = [0; BLOCK * NR];
+                let codes = panel.signed(codes, &mut room);
+                let [scales, offsets] = panel.factors(block);
+                for (row, sums) in rows.clone().zip(&mut sums) {
+                    // SAFETY: the caller's word.
+                    let x = unsafe { &*self.x.add(block * self.x_block + row) };
+                    let products = products(codes, &x.codes);
+                    for (column, sum) in sums.iter_mut().enumerate() {
+                        *sum = (products[column] as f32).mul_add(scales[column] * x.scale, *sum);
+                    }
+                    if panel.format == Format::Q4K {
+                        for (sum, offset) in sums.iter_mut().zip(&offsets) {
+                            *sum = (-offset).mul_add(x.scaled_sum, *sum);
+                        }
+                    }
+                }
+            }
+            for (row, sums) in rows.zip(&sums) {
+                // SAFETY: the caller's word.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), self.out.add(row * self.stride), self.columns);
+                }
+            }
         }
     }
 }
 
-#[inline(always)]
-fn wide(scales: &[u16]) -> [f32; NR] {
-    std::array::from_fn(|i| f16::from_bits(scales[i]).to_f32())
-}
-
-/// `pair` gives the weights of a column of a pair of inputs.
-#[inline(always)]
-fn widen_block<'a>(
-    codes: &mut impl Iterator<Item = &'a [u8]>,
-    out: &mut [u32],
-    pair: impl Fn(&[u8], usize) -> [f32; 2],
-) {
-    for (out, codes) in out.chunks_exact_mut(NR).zip(codes) {
-        for (i, out) in out.iter_mut().enumerate() {
-            let [even, odd] = pair(codes, i).map(|weight| u32::from(bf16_bits(weight)));
-            *out = even | odd << 16;
+fn products(codes: &Signed, x: &[i8; BLOCK]) -> [i32; NR] {
+    let mut sums = [0; NR];
+    for (codes, x) in codes.as_chunks::<{ NR * GROUP }>().0.iter().zip(x.as_chunks::<GROUP>().0) {
+        for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<GROUP>().0) {
+            *sum += codes.iter().zip(x).map(|(code, x)| i32::from(*code) * i32::from(*x)).sum::<i32>();
         }
     }
+    sums
 }

@@ -4,10 +4,10 @@ use proptest::prelude::*;
 
 const FORMATS: [Format; 3] = [Format::Q8_0, Format::Q4_0, Format::Q4K];
 
-/// Largest error of a weight, as a share of the largest magnitude among those that share scales: half a step, the rounding
-/// of scales and of the product to 8 bits.
+/// Largest error of a weight, as a share of the largest magnitude among those that share scales: half a step, and the
+/// rounding of scales.
 fn bound(format: Format) -> f32 {
-    let rounded = 1.0 / 256.0;
+    let rounded = 1.0 / 1024.0;
     match format {
         Format::Q8_0 => 0.5 / 127.0 + rounded,
         // The code 8 is cut to 7.
@@ -22,7 +22,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
-    fn weights_come_back_within_half_a_step_and_alike_with_every_instruction_set(
+    fn weights_come_back_within_half_a_step(
         outputs in 1usize..70, inputs in 1usize..600, matrices in 1usize..3, seed in 0u64..1000,
     ) {
         let values: Vec<_> = (0..matrices as u64).map(|m| numbers(seed + m, outputs * inputs)).collect();
@@ -41,21 +41,6 @@ proptest! {
                             prop_assert!((want - found).abs() <= bound(format) * largest, "{} is not {}", found, want);
                         }
                     }
-                }
-            }
-            for panel in 0..outputs.div_ceil(NR) * matrices {
-                let len = inputs.div_ceil(BLOCK) * PAIRS * NR;
-                let widened = Isa::available().into_iter().map(|isa| {
-                    let mut out = vec![u32::MAX; len];
-                    quants.widen(isa, panel, &mut out);
-                    out
-                });
-                let widened: Vec<_> = widened.collect();
-                prop_assert!(widened.iter().all(|w| *w == widened[0]));
-                quants.unpack_row(panel * NR, &mut row);
-                for (i, x) in row.iter().enumerate() {
-                    let bits = widened[0][i / 2 * NR] >> (16 * (i % 2)) & 0xFFFF;
-                    prop_assert_eq!(f32::from_bits(bits << 16).to_bits(), x.to_bits());
                 }
             }
         }
