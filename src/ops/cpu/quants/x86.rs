@@ -226,7 +226,7 @@ unsafe fn tiles<const OFFSETS: bool>(panel: Panel<'_>, of: &Product) {
         let groups = (of.rows - first).min(GROUPS * TILE).div_ceil(TILE);
         let mut sums = [const { [Sums([[0.0; LANES]; TILE]); 2] }; GROUPS];
         for block in (0..blocks).step_by(BATCH) {
-            let mut codes = [[0; BLOCK * NR].as_ptr(); BATCH];
+            let mut codes = [std::ptr::null(); BATCH];
             for ((codes, packed), room) in codes.iter_mut().zip(panel.blocks().skip(block)).zip(&mut room) {
                 *codes = panel.signed(packed, &mut room.0).as_ptr();
             }
