@@ -1,8 +1,8 @@
 //! Families against Hugging Face transformers, the in-repo one against a plain model of its own: logits and greedy
 //! continuations made by `tests/golden/make.py` and `tests/golden/moe_lm.py`.
 
-use crate::support::{Runner, argmax, repo, try_load, try_load_on};
-use moe_serve::model::{FAMILIES, LoadError};
+use crate::support::{Runner, argmax, files, repo, try_load, try_load_on};
+use moe_serve::model::{FAMILIES, LoadError, LoadOptions, load};
 use moe_serve::types::{DeviceChoice, DtypeChoice};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
@@ -108,15 +108,18 @@ fn greedy_continuations_of_64_tokens_are_identical_to_transformers() {
 #[test]
 fn prefill_equals_decode_and_batched_equals_single_bit_for_bit() {
     for golden in goldens() {
-        for dtype in [DtypeChoice::F32, DtypeChoice::Bf16, DtypeChoice::F16] {
-            let loaded = try_load(&golden.dir, dtype).unwrap();
+        let plain = [DtypeChoice::F32, DtypeChoice::Bf16, DtypeChoice::F16].map(|dtype| (dtype, "none"));
+        let quantised = ["q8_0", "q4_0", "experts=q4_k"].map(|format| (DtypeChoice::Bf16, format));
+        for (dtype, format) in plain.into_iter().chain(quantised) {
+            let options = LoadOptions { dtype, quantization: format.parse().unwrap(), ..Default::default() };
+            let loaded = load(&files(&golden.dir), &options, |_, _| {}).unwrap();
             let (a, b) = golden.input.split_at(23);
             let single = |ids: &[u32]| Runner::new(&loaded.model, 1, 64, "native").step(&[(0, ids)]);
             let (want_a, want_b) = (single(a), single(b));
 
             let mut one_by_one = Runner::new(&loaded.model, 1, 64, "native");
             let decoded: Vec<Vec<f32>> = a.iter().flat_map(|id| one_by_one.step(&[(0, &[*id])])).collect();
-            assert_eq!(decoded, want_a, "{} {dtype}: prefill and decode differ", golden.name);
+            assert_eq!(decoded, want_a, "{} {dtype} {format}: prefill and decode differ", golden.name);
 
             let mut chunked = Runner::new(&loaded.model, 2, 64, "native");
             let mut got_a = chunked.step(&[(0, &a[..5])]);
@@ -126,7 +129,7 @@ fn prefill_equals_decode_and_batched_equals_single_bit_for_bit() {
             let both = chunked.step(&[(0, &a[6..]), (1, &b[9..])]);
             got_a.extend_from_slice(&both[..a.len() - 6]);
             got_b.extend_from_slice(&both[a.len() - 6..]);
-            assert_eq!((got_a, got_b), (want_a, want_b), "{} {dtype}: batched and single differ", golden.name);
+            assert_eq!((got_a, got_b), (want_a, want_b), "{} {dtype} {format}: batched and single differ", golden.name);
         }
     }
 }
