@@ -89,6 +89,11 @@ unsafe fn multiply_on(
 ) {
     assert_eq!(x.width(), w.inputs());
     let columns = (panels.end * NR).min(w.outputs()) - panels.start * NR;
+    if let Data::Quantised(w) = w.data() {
+        let (rows, (x, x_block)) = (x.len(), x.bytes());
+        // SAFETY: the caller's word.
+        return unsafe { w.multiply(isa, panels, &Product { x, x_block, rows, out, stride, columns }) };
+    }
     let (panel_len, start) = (w.panel_len(), panels.start * w.panel_len());
     let next = match next.map(|(next, panel)| (next.data(), panel * next.panel_len())) {
         Some((Data::Bf16(w), start)) => w[start..].as_ptr(),
@@ -123,10 +128,7 @@ unsafe fn multiply_on(
                 amx::multiply(x.bf16(), w[start..].as_ptr(), &tile, out);
             }
             Data::Bf16(w) => dispatch_bf16(x.bf16(), w[start..].as_ptr(), &tile, out),
-            Data::Quantised(w) => {
-                let (rows, (x, x_block)) = (x.len(), x.bytes());
-                w.multiply(isa, panels, &Product { x, x_block, rows, out, stride, columns });
-            }
+            Data::Quantised(_) => unreachable!("returned above"),
         }
     }
 }

@@ -113,11 +113,15 @@ impl PackedMatrix {
         &self.data
     }
 
-    /// Words of one panel, of quantised ones when widened.
+    /// Words of one panel of numbers.
+    ///
+    /// # Panics
+    /// If the matrix is quantised: its panels have several parts.
     pub(super) fn panel_len(&self) -> usize {
         match self.data {
-            Data::Bf16(_) | Data::Quantised(_) => pairs(self.inputs) * NR,
-            _ => self.inputs * NR,
+            Data::Bf16(_) => pairs(self.inputs) * NR,
+            Data::F32(_) | Data::F16(_) => self.inputs * NR,
+            Data::Quantised(_) => unreachable!("quantised panels have parts"),
         }
     }
 

@@ -12,8 +12,9 @@ const LANES: usize = 16;
 const TILE: usize = 16;
 /// From this many rows on, tiles are quicker than vectors.
 pub(super) const TILES_MIN: usize = 5;
-/// Bytes ahead of what is read that are fetched.
+/// Bytes ahead of what dot products read that are fetched.
 const AHEAD: usize = 4096;
+/// Bytes ahead of what tiles read that are fetched.
 const AHEAD_OF_TILES: usize = 8192;
 /// Bytes of a cache line.
 const LINE: usize = 64;
