@@ -378,7 +378,8 @@ mod x86 {
 #[inline(always)]
 pub(super) fn bf16_bits(x: f32) -> u16 {
     let bits = x.to_bits();
-    let rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    // It wraps for the largest of what is no number, whose sum is not taken.
+    let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
     let magnitude = bits & 0x7FFF_FFFF;
     let nan = (bits >> 16) | 0x40;
     let normal = if magnitude > 0x7F80_0000 { nan } else { rounded };
@@ -403,6 +404,13 @@ mod tests {
             } else {
                 prop_assert_eq!(found.to_f32().to_bits(), 0.0f32.copysign(x).to_bits());
             }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none_however_large_its_bits() {
+        for bits in [0x7F80_0001, 0x7FFF_FFFF, 0xFF80_0001, 0xFFFF_8000, 0xFFFF_FFFF] {
+            assert!(bf16::from_bits(bf16_bits(f32::from_bits(bits))).is_nan(), "{bits:x}");
         }
     }
 
