@@ -90,11 +90,12 @@ impl CausalLm {
                 let normed = layer.attention_norm.forward(&x)?;
                 ops::add(&x, &self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?)
             })?;
-            let lens_tm = if asked.lens && matches!(layer.ffn, Ffn::Moe(_)) { self.read_out(&x)? } else { Vec::new() };
+            let reads_out = asked.lens && matches!(layer.ffn, Ffn::Moe(_));
+            let lens_entropy_t = if reads_out { self.read_out(&x)? } else { Vec::new() };
             let normed = layer.ffn_norm.forward(&x)?;
             let out = match &layer.ffn {
                 Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
-                Ffn::Moe(moe) => moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_tm }, routes)?,
+                Ffn::Moe(moe) => moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_entropy_t }, routes)?,
             };
             x = ops::add(&x, &out)?;
         }
@@ -114,8 +115,8 @@ impl CausalLm {
         timed(Part::LmHead, 0, || self.lm_head.forward(&hidden.narrow(0, start, len)?))
     }
 
-    /// What the residual stream `x [T, D]` says already of some tokens of the vocabulary, as if no layer followed:
-    /// `[T, M]`.
+    /// How undecided the residual stream `x [T, D]` is about some tokens of the vocabulary, as if no layer followed: see
+    /// [`ReadOut::entropies`].
     fn read_out(&self, x: &Tensor) -> Result<Vec<f32>> {
         if self.lens.get().is_none() {
             let vocab = self.shape.vocab;
@@ -125,7 +126,7 @@ impl CausalLm {
             // Who was faster made the same.
             let _ = self.lens.set(ReadOut::new(&self.lm_head.rows(&rows)?, &self.norm, &self.backend)?);
         }
-        self.lens.get().map_or(Ok(Vec::new()), |lens| lens.forward(x))
+        self.lens.get().map_or(Ok(Vec::new()), |lens| lens.entropies(x))
     }
 
     /// Attention over the cache; tells its entropy where that is asked for.

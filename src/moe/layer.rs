@@ -26,8 +26,8 @@ pub struct MoeLayer {
 pub struct TokenSignals {
     /// See [`GateInput::attention_entropy_t`].
     pub attention_entropy_t: Vec<f32>,
-    /// See [`GateInput::lens_tm`].
-    pub lens_tm: Vec<f32>,
+    /// See [`GateInput::lens_entropy_t`].
+    pub lens_entropy_t: Vec<f32>,
 }
 
 /// An expert that every token passes, scaled by a sigmoid gate of its own (Qwen2-MoE).
@@ -50,9 +50,9 @@ impl MoeLayer {
             let asked = routes.signals();
             let logits_te = self.gate.forward(x)?;
             let gram_ee = if asked.gram { self.gram(logits_te.dim(1)?)? } else { &[] };
-            let (attention_entropy_t, lens_tm) = (&signals.attention_entropy_t[..], &signals.lens_tm[..]);
+            let TokenSignals { attention_entropy_t, lens_entropy_t } = signals;
             let mut route = |logits_te: &[f32], hidden_td: &[f32]| {
-                let input = GateInput { logits_te, hidden_td, gram_ee, attention_entropy_t, lens_tm };
+                let input = GateInput { logits_te, hidden_td, gram_ee, attention_entropy_t, lens_entropy_t };
                 let routing = routes.route(self.index, input).map_err(candle_core::Error::wrap)?;
                 routes.probe(self, x, input).map(|()| routing)
             };

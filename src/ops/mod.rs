@@ -74,6 +74,11 @@ pub fn softmax_entropy(z: &[f32]) -> f32 {
     cpu::softmax_entropy(z)
 }
 
+/// The same for every row of `z [T, M]`, whose `width` is M.
+pub fn softmax_entropies(z: &[f32], width: usize) -> Vec<f32> {
+    cpu::softmax_entropies(z, width)
+}
+
 /// Rows `rows` of `x`, `[T, D] → [rows, D]`.
 pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     let rows = Tensor::new(rows, x.device())?;

@@ -77,7 +77,7 @@ impl Router for Complexity {
         let (min, max) = (*self.k.start(), *self.k.end());
         for token in gate.tokens() {
             let c = self.c(gate.layer, self.estimator.measure(&token));
-            let more = ((max - min) as f32 * c).round();
+            let more = (max - min) as f32 * c + 0.5;
             choose_top(&token, min + more as usize, out);
         }
     }

@@ -88,10 +88,10 @@ pub struct TokenGate<'a> {
     pub hidden_d: &'a [f32],
     /// See [`GateInput::gram_ee`].
     pub gram_ee: &'a [f32],
-    /// See [`GateInput::lens_tm`]; `[M]`, or nothing.
-    pub lens_m: &'a [f32],
     /// See [`GateInput::attention_entropy_t`]; NaN where it is not known.
     pub attention_entropy: f32,
+    /// See [`GateInput::lens_entropy_t`]; NaN where it is not known.
+    pub lens_entropy: f32,
     /// See [`StepTokens::surprisal_t`]; NaN where it is not known.
     pub surprisal: f32,
     /// See [`StepTokens::tenant_t`].
@@ -112,8 +112,8 @@ impl<'a> TokenGate<'a> {
             token: 0,
             hidden_d: &[],
             gram_ee: &[],
-            lens_m: &[],
             attention_entropy: f32::NAN,
+            lens_entropy: f32::NAN,
             surprisal: f32::NAN,
             tenant: 0,
             decodes: false,
@@ -135,14 +135,13 @@ impl GateView<'_> {
     /// The tokens to route.
     pub fn tokens(&self) -> impl Iterator<Item = TokenGate<'_>> {
         // Divided here once, which takes longer than anything else that is done for a token.
-        let tokens = self.step.token_t.len().max(1);
-        let widths = (self.input.hidden_td.len() / tokens, self.input.lens_tm.len() / tokens);
-        self.rows.iter().map(move |&row| self.token(row as usize, widths))
+        let width = self.input.hidden_td.len() / self.step.token_t.len().max(1);
+        self.rows.iter().map(move |&row| self.token(row as usize, width))
     }
 
-    /// The token at `row` of the step, by the widths of hidden states and of the read-out.
+    /// The token at `row` of the step, by the width of hidden states.
     #[inline]
-    fn token(&self, row: usize, (hidden, lens): (usize, usize)) -> TokenGate<'_> {
+    fn token(&self, row: usize, width: usize) -> TokenGate<'_> {
         let (probs_e, order_e) = self.table.row(row);
         let known = |values_t: &[f32]| values_t.get(row).copied().unwrap_or(f32::NAN);
         TokenGate {
@@ -152,10 +151,10 @@ impl GateView<'_> {
             order_e,
             position: self.step.position_t[row],
             token: self.step.token_t[row],
-            hidden_d: &self.input.hidden_td[row * hidden..][..hidden],
+            hidden_d: &self.input.hidden_td[row * width..][..width],
             gram_ee: self.input.gram_ee,
-            lens_m: &self.input.lens_tm[row * lens..][..lens],
             attention_entropy: known(self.input.attention_entropy_t),
+            lens_entropy: known(self.input.lens_entropy_t),
             surprisal: known(&self.step.surprisal_t),
             tenant: self.step.tenant_t.get(row).copied().unwrap_or(0),
             decodes: self.step.decodes_t.get(row).copied().unwrap_or(false),

@@ -2,7 +2,7 @@
 
 use std::ops::{BitOr, Range};
 
-/// The M tokens of the vocabulary that [`GateInput::lens_tm`] has logits of, or as many where there are fewer. Tokenizers
+/// The M tokens of the vocabulary that [`GateInput::lens_entropy_t`] is about, or as many where there are fewer. Tokenizers
 /// number special tokens and single bytes first, and then what they merged first, which is most frequent.
 pub const LENS_TOKENS: Range<usize> = 260..292;
 
@@ -15,7 +15,7 @@ pub struct Signals {
     pub gram: bool,
     /// See [`GateInput::attention_entropy_t`].
     pub attention_entropy: bool,
-    /// See [`GateInput::lens_tm`].
+    /// See [`GateInput::lens_entropy_t`].
     pub lens: bool,
     /// See [`super::StepTokens::surprisal_t`].
     pub surprisal: bool,
@@ -64,8 +64,9 @@ pub struct GateInput<'a> {
     pub gram_ee: &'a [f32],
     /// Entropy of the layer's own attention, the mean over its heads, in nats, `[T]`.
     pub attention_entropy_t: &'a [f32],
-    /// Logits that the residual stream, as it is here, gives some tokens of the vocabulary, `[T, M]`.
-    pub lens_tm: &'a [f32],
+    /// Entropy of the softmax of the logits that the residual stream, as it is here, gives M tokens of the vocabulary, by
+    /// log M, `[T]`.
+    pub lens_entropy_t: &'a [f32],
 }
 
 impl<'a> GateInput<'a> {
@@ -80,7 +81,7 @@ impl<'a> GateInput<'a> {
             hidden: !self.hidden_td.is_empty(),
             gram: !self.gram_ee.is_empty(),
             attention_entropy: !self.attention_entropy_t.is_empty(),
-            lens: !self.lens_tm.is_empty(),
+            lens: !self.lens_entropy_t.is_empty(),
             surprisal: false,
         }
     }

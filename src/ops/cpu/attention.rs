@@ -8,6 +8,7 @@ use crate::ops::kv::{KvShape, Segment, StepLayout};
 use candle_core::DType;
 use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// Keys and values: per layer, keys are `[blocks, kv_heads, hd, block_size]`, so that the scores of neighbouring
@@ -339,6 +340,19 @@ struct Call<'a> {
     group: usize,
 }
 
+/// What a thread works on a tile in.
+#[derive(Default)]
+struct Scratch {
+    softmax: Rows,
+    /// Keys, then values, of a chunk.
+    wide: Vec<f32>,
+}
+
+thread_local! {
+    /// Kept from tile to tile: a token that is decoded has as many of them as KV heads, in every layer.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 /// What the work items of a call write.
 #[derive(Clone, Copy)]
 struct Results {
@@ -354,7 +368,9 @@ impl Call<'_> {
         let row = self.group * kv_heads * self.place.head_dim;
         let seen: usize = self.step.positions().iter().map(|&p| self.seen(p as usize).len()).sum();
         for_each(tiles.len() * kv_heads, 4 * seen * row, |item| {
-            self.attend_tile(&tiles[item / kv_heads], item % kv_heads, k, v, results);
+            SCRATCH.with_borrow_mut(|scratch| {
+                self.attend_tile(&tiles[item / kv_heads], item % kv_heads, (k, v), results, scratch);
+            });
         });
     }
 
@@ -378,24 +394,31 @@ impl Call<'_> {
     }
 
     /// Writes the outputs of the query heads that share KV head `head`.
-    fn attend_tile<E: Element>(&self, tile: &Tile<'_>, head: usize, k: &[E], v: &[E], results: Results) {
+    fn attend_tile<E: Element>(
+        &self,
+        tile: &Tile<'_>,
+        head: usize,
+        (k, v): (&[E], &[E]),
+        results: Results,
+        Scratch { softmax, wide }: &mut Scratch,
+    ) {
         let Self { place, group, .. } = *self;
         let hd = place.head_dim;
         let query = |row: usize| ((tile.t + row / group) * place.kv_heads + head) * group + row % group;
         let rows = tile.len * group;
-        let seen = (0..rows).map(|row| self.seen(tile.position + row / group)).collect();
-        let mut softmax = Rows::new(hd, seen, results.entropy_th.is_some());
+        let seen = (0..rows).map(|row| self.seen(tile.position + row / group));
+        softmax.start(hd, seen, results.entropy_th.is_some());
         for row in 0..rows {
             softmax.set_query(row, &self.q[query(row) * hd..(query(row) + 1) * hd]);
         }
         let (first, end) = (self.seen(tile.position).start, tile.position + tile.len);
-        let mut wide = vec![0.0; CHUNK * softmax.width()];
+        wide.resize(CHUNK * softmax.width(), 0.0);
         for start in (first / CHUNK * CHUNK..end).step_by(CHUNK) {
             let positions = first.max(start)..end.min(start + CHUNK);
-            place.keys(k, tile.segment, head, positions.clone(), &mut wide);
+            place.keys(k, tile.segment, head, positions.clone(), wide);
             softmax.score(self.isa, start, &wide[..CHUNK * hd]);
-            place.values(v, tile.segment, head, positions, softmax.width(), &mut wide);
-            softmax.weigh(self.isa, &wide);
+            place.values(v, tile.segment, head, positions, softmax.width(), wide);
+            softmax.weigh(self.isa, wide);
         }
         for row in 0..rows {
             // SAFETY: items write the disjoint outputs of their tokens' query groups.

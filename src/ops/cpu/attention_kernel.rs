@@ -5,14 +5,14 @@
 //! fixed positions. What a row does not see gets weight 0 in its sum, and its value is not touched at all.
 
 use super::isa::Isa;
+use super::math::{self, LANES};
 use std::ops::Range;
 
 /// Positions of a chunk: its keys, or its values, stay in the first cache for all rows.
 pub(super) const CHUNK: usize = 64;
-/// Columns, and positions scored at once.
-const LANES: usize = 16;
 
-/// Query rows that share keys and values, and the state of their softmax.
+/// Query rows that share keys and values, and the state of their softmax. To be used again and again.
+#[derive(Default)]
 pub(super) struct Rows {
     rows: usize,
     head_dim: usize,
@@ -37,22 +37,20 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// With `entropies`, [`Self::entropy`] may be asked for.
-    pub(super) fn new(head_dim: usize, seen: Vec<Range<usize>>, entropies: bool) -> Self {
-        let (rows, width) = (seen.len(), head_dim.next_multiple_of(LANES));
-        Self {
-            rows,
-            head_dim,
-            width,
-            queries: vec![0.0; head_dim * rows],
-            here: vec![0..0; rows],
-            seen,
-            max: vec![f32::NEG_INFINITY; rows],
-            sums: vec![[0.0; LANES]; rows],
-            moments: vec![[0.0; LANES]; if entropies { rows } else { 0 }],
-            weights: vec![[0.0; CHUNK]; rows],
-            out: vec![0.0; rows * width],
-        }
+    /// Takes up rows that see these positions. With `entropies`, [`Self::entropy`] may be asked for.
+    pub(super) fn start(&mut self, head_dim: usize, seen: impl Iterator<Item = Range<usize>>, entropies: bool) {
+        self.seen.clear();
+        self.seen.extend(seen);
+        let (rows, width) = (self.seen.len(), head_dim.next_multiple_of(LANES));
+        (self.rows, self.head_dim, self.width) = (rows, head_dim, width);
+        refill(&mut self.max, rows, f32::NEG_INFINITY);
+        refill(&mut self.sums, rows, [0.0; LANES]);
+        refill(&mut self.moments, if entropies { rows } else { 0 }, [0.0; LANES]);
+        refill(&mut self.out, rows * width, 0.0);
+        // Of these, nothing is read before it is written.
+        self.queries.resize(head_dim * rows, 0.0);
+        self.here.resize(rows, 0..0);
+        self.weights.resize(rows, [0.0; CHUNK]);
     }
 
     /// Floats from one staged value to the next.
@@ -102,14 +100,13 @@ impl Rows {
 
     /// The result of a row, `[hd]`.
     pub(super) fn finish(&self, row: usize, out: &mut [f32]) {
-        let sum: f32 = self.sums[row].iter().sum();
+        let sum = math::add_lanes(&self.sums[row]);
         out.iter_mut().zip(&self.out[row * self.width..]).for_each(|(o, x)| *o = x / sum);
     }
 
     /// Entropy of what a row's softmax gave, in nats: with weights wᵢ = 2^eᵢ of sum Z, ln Z − ln 2 · Σ wᵢ·eᵢ / Z.
     pub(super) fn entropy(&self, row: usize) -> f32 {
-        let sum: f32 = self.sums[row].iter().sum();
-        let moment: f32 = self.moments[row].iter().sum();
+        let [sum, moment] = [&self.sums, &self.moments].map(|lanes_of| math::add_lanes(&lanes_of[row]));
         // Never negative, and nothing cancels: the largest weight is 1, so that Z is at least that, and no exponent is
         // above 0.
         sum.ln() - std::f32::consts::LN_2 * moment / sum
@@ -301,6 +298,11 @@ impl Rows {
             store(simd, sums, &mut out[column..column + P * LANES]);
         }
     }
+}
+
+fn refill<T: Clone>(values: &mut Vec<T>, len: usize, value: T) {
+    values.clear();
+    values.resize(len, value);
 }
 
 #[inline(always)]

@@ -91,7 +91,7 @@ pub(super) fn max(a: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
+pub(super) fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
 }
 
@@ -106,7 +106,7 @@ pub(super) fn log_sum_exp(a: &[f32]) -> f32 {
 // lane by lane, without vectors.
 
 #[inline(never)]
-fn add_lanes(lanes: &[f32; LANES]) -> f32 {
+pub(super) fn add_lanes(lanes: &[f32; LANES]) -> f32 {
     halve(*lanes, |a, b| a + b)
 }
 

@@ -6,6 +6,7 @@ mod attention;
 mod attention_kernel;
 mod cache;
 mod elementwise;
+mod entropy;
 mod experts;
 pub(super) mod gemm;
 mod isa;
@@ -21,6 +22,7 @@ pub(super) mod train;
 pub(super) use attention::KvStore;
 pub use cache::PackCache;
 pub(super) use elementwise::{add, clamp};
+pub(super) use entropy::{softmax_entropies, softmax_entropy};
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
 pub use machine::Machine;
@@ -99,26 +101,6 @@ pub(super) fn embed(ids: &[u32], w: &PackedMatrix) -> Result<Tensor> {
         w.unpack_row(ids[item] as usize, row);
     });
     Tensor::from_vec(y, (ids.len(), width), &Device::Cpu)
-}
-
-/// See [`crate::ops::softmax_entropy`].
-pub(super) fn softmax_entropy(z: &[f32]) -> f32 {
-    let mut entropy = 0.0;
-    entropy_of(z, &mut entropy);
-    entropy
-}
-
-isa::multiversion!(fn entropy_of(z: &[f32], entropy: &mut f32) = entropy_of_body);
-
-#[inline(always)]
-fn entropy_of_body(z: &[f32], entropy: &mut f32) {
-    let max = math::max(z);
-    // With w = e^(z − max) and s = Σw: H = log s − Σ w·(z − max) / s.
-    let [sum, weighted] = math::sums_by(z, |z| {
-        let e = math::exp(z - max);
-        [e, e * (z - max)]
-    });
-    *entropy = sum.ln() - weighted / sum;
 }
 
 /// Below this many FLOPs a parallel region costs more than it saves.

@@ -1,7 +1,7 @@
 //! `logit-lens`: how undecided the model is here already about the next token, by an early read-out (nostalgebraist,
 //! "interpreting GPT: the logit lens", 2020) over a few tokens that are frequent, which keeps it cheap.
 
-use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument, softmax_entropy_share};
+use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument};
 
 pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
     name: "logit-lens",
@@ -22,7 +22,7 @@ impl Estimator for LogitLens {
     }
 
     fn measure(&self, token: &TokenGate<'_>) -> f32 {
-        softmax_entropy_share(token.lens_m)
+        token.lens_entropy
     }
 
     fn squash(&self, measure: f32) -> f32 {

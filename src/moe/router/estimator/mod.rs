@@ -19,7 +19,6 @@ mod router_margin;
 mod surprisal;
 
 use super::{Signals, TokenGate};
-use crate::ops;
 
 /// A measure of how hard a token is.
 pub trait Estimator: Send + Sync {
@@ -97,11 +96,6 @@ fn no_argument(name: &str, argument: Option<&str>) -> Result<(), String> {
 fn entropy_share(probabilities: &[f32]) -> f32 {
     let nats: f32 = probabilities.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum();
     nats / (probabilities.len().max(2) as f32).ln()
-}
-
-/// H(softmax(z)) / log n, for z of n values: in 0..=1, NaN where one is.
-fn softmax_entropy_share(z: &[f32]) -> f32 {
-    ops::softmax_entropy(z) / (z.len().max(2) as f32).ln()
 }
 
 /// pᵀ·G·q of the gate, G `[E, E]`.

@@ -1,6 +1,7 @@
 //! `perplexity-proxy`: the entropy of the hidden state, taken as if its values were logits.
 
-use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument, softmax_entropy_share};
+use super::{Estimator, EstimatorEntry, Signals, TokenGate, no_argument};
+use crate::ops;
 
 pub(super) const ENTRY: EstimatorEntry = EstimatorEntry {
     name: "perplexity-proxy",
@@ -21,7 +22,7 @@ impl Estimator for PerplexityProxy {
     }
 
     fn measure(&self, token: &TokenGate<'_>) -> f32 {
-        softmax_entropy_share(token.hidden_d)
+        ops::softmax_entropy(token.hidden_d) / (token.hidden_d.len().max(2) as f32).ln()
     }
 
     fn squash(&self, measure: f32) -> f32 {

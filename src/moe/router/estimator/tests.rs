@@ -65,7 +65,7 @@ fn blank<'a>(probs_e: &'a [f32], order_e: &'a [u16]) -> TokenGate<'a> {
         token: 0,
         hidden_d: &[],
         gram_ee: &[],
-        lens_m: &[],
+        lens_entropy: f32::NAN,
         attention_entropy: f32::NAN,
         surprisal: f32::NAN,
         tenant: 0,
@@ -144,7 +144,7 @@ fn measures_are_what_a_hand_count_says() {
     assert!((of("router-margin", &blank(&sure, &order)) - 0.2).abs() < 1e-6);
     let told = TokenGate {
         hidden_d: &[3.0, -4.0],
-        lens_m: &[1.0; 32],
+        lens_entropy: 1.0,
         attention_entropy: 2.0f32.ln(),
         surprisal: 1.5,
         ..blank(&even, &order)

@@ -1,0 +1,115 @@
+//! Entropies of softmaxes.
+
+use super::isa::multiversion;
+use super::math::{self, LANES};
+use super::{SharedOut, for_each};
+
+/// What an exponential counts as, with what is done to it.
+const FLOPS_PER_EXP: usize = 20;
+
+/// See [`crate::ops::softmax_entropy`].
+pub(crate) fn softmax_entropy(z: &[f32]) -> f32 {
+    let mut entropy = 0.0;
+    entropy_of(z, &mut entropy);
+    entropy
+}
+
+multiversion!(fn entropy_of(z: &[f32], entropy: &mut f32) = entropy_of_body);
+
+#[inline(always)]
+fn entropy_of_body(z: &[f32], entropy: &mut f32) {
+    let max = math::max(z);
+    // With w = e^(z − max) and s = Σw: H = log s − Σ w·(z − max) / s.
+    let [sum, weighted] = math::sums_by(z, |z| {
+        let e = math::exp(z - max);
+        [e, e * (z - max)]
+    });
+    *entropy = sum.ln() - weighted / sum;
+}
+
+/// See [`crate::ops::softmax_entropies`].
+pub(crate) fn softmax_entropies(z: &[f32], width: usize) -> Vec<f32> {
+    const ROWS: usize = 64;
+    let rows = z.len() / width.max(1);
+    let mut entropies = vec![0.0; rows];
+    let out = SharedOut::new(&mut entropies);
+    for_each(rows.div_ceil(ROWS), z.len() * FLOPS_PER_EXP, |item| {
+        let rows = item * ROWS..rows.min((item + 1) * ROWS);
+        // SAFETY: items write disjoint rows.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.from(rows.start), rows.len()) };
+        entropies_of(&z[rows.start * width..rows.end * width], width, out);
+    });
+    entropies
+}
+
+multiversion!(fn entropies_of(z: &[f32], width: usize, entropies: &mut [f32]) = entropies_of_body);
+
+#[inline(always)]
+fn entropies_of_body(z: &[f32], width: usize, entropies: &mut [f32]) {
+    let whole = entropies.len() / LANES * LANES;
+    let fours = entropies.len() / 4 * 4;
+    side_by_side::<LANES>(&z[..whole * width], width, &mut entropies[..whole]);
+    side_by_side::<4>(&z[whole * width..fours * width], width, &mut entropies[whole..fours]);
+    side_by_side::<1>(&z[fours * width..], width, &mut entropies[fours..]);
+}
+
+/// `N` rows at a time, so that nothing is summed across lanes: bits are the same whatever N is.
+#[inline(always)]
+fn side_by_side<const N: usize>(z: &[f32], width: usize, entropies: &mut [f32]) {
+    if entropies.len() < N {
+        return;
+    }
+    let mut columns = vec![[0.0; N]; width];
+    let mut exponentials = columns.clone();
+    for (z, entropies) in z.chunks_exact(N * width).zip(entropies.as_chunks_mut::<N>().0) {
+        for (lane, z) in z.chunks_exact(width).enumerate() {
+            columns.iter_mut().zip(z).for_each(|(column, z)| column[lane] = *z);
+        }
+        let mut max = [f32::NEG_INFINITY; N];
+        for column in &columns {
+            for i in 0..N {
+                max[i] = math::larger(max[i], column[i]);
+            }
+        }
+        // Apart from the sums, so that these are vectors where there is one row.
+        for (column, e) in columns.iter_mut().zip(&mut exponentials) {
+            for i in 0..N {
+                column[i] -= max[i];
+                e[i] = math::exp(column[i]);
+            }
+        }
+        let [mut sum, mut weighted] = [[0.0; N]; 2];
+        for (column, e) in columns.iter().zip(&exponentials) {
+            for i in 0..N {
+                sum[i] += e[i];
+                weighted[i] += e[i] * column[i];
+            }
+        }
+        for i in 0..N {
+            entropies[i] = sum[i].ln() - weighted[i] / sum[i];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, numbers};
+
+    #[test]
+    fn entropies_of_rows_are_those_of_each_alone_and_bits_hang_on_no_other_row() {
+        for width in [1, 2, 7, 16, 32, 50] {
+            let z: Vec<f32> = numbers(7, 200 * width).iter().map(|z| 8.0 * z).collect();
+            let together = softmax_entropies(&z, width);
+            let alone: Vec<f32> = z.chunks_exact(width).map(softmax_entropy).collect();
+            assert_close(&together, &alone, 1e-5);
+            for rows in [0..1, 3..20, 150..200] {
+                let some = softmax_entropies(&z[rows.start * width..rows.end * width], width);
+                assert!(some.iter().zip(&together[rows]).all(|(a, b)| a.to_bits() == b.to_bits()));
+            }
+        }
+        assert_close(&softmax_entropies(&[3.0; 8], 4), &[4.0f32.ln(); 2], 1e-6);
+        assert!(softmax_entropies(&[1.0, f32::NAN, 1.0, 2.0], 2)[0].is_nan());
+        assert!(softmax_entropies(&[], 4).is_empty());
+    }
+}
