@@ -20,13 +20,21 @@ pub(super) struct Aligned<W> {
 impl<W: Copy + Default> Aligned<W> {
     /// Zeros, which the system hands out as they are touched: by whoever fills them first.
     pub(super) fn zeroed(len: usize) -> Self {
-        // Memory before the start is never touched, and so takes none.
-        let align = if len * size_of::<W>() < HUGE_PAGES_MIN { LINE } else { HUGE_PAGE };
-        let words = vec![W::default(); len + align / size_of::<W>()];
-        let start = words.as_ptr().align_offset(align);
-        let aligned = Self { words, start, len };
+        let aligned = Self::from(if len * size_of::<W>() < HUGE_PAGES_MIN { LINE } else { HUGE_PAGE }, len);
         advise_huge_pages(&aligned);
         aligned
+    }
+
+    /// Zeros in pages of any size, for what is filled here and there: memory is taken page by page.
+    pub(super) fn sparse(len: usize) -> Self {
+        Self::from(LINE, len)
+    }
+
+    fn from(align: usize, len: usize) -> Self {
+        // Memory before the start is never touched, and so takes none.
+        let words = vec![W::default(); len + align / size_of::<W>()];
+        let start = words.as_ptr().align_offset(align);
+        Self { words, start, len }
     }
 }
 

@@ -1,23 +1,26 @@
 //! Paged keys and values, and attention over them.
 
-use super::attention_kernel::{CHUNK, Rows};
+use super::aligned::Aligned;
+use super::attention_kernel::{CHUNK, Rows, takes_pairs};
+#[cfg(target_arch = "x86_64")]
+use super::attention_kernel::{STRIPS, Strips};
 use super::isa::{Isa, multiversion};
-use super::rows::FLOPS_PER_COPY;
+use super::math::LANES;
+use super::rows::{FLOPS_PER_COPY, bf16_bits};
 use super::{SharedOut, for_each};
 use crate::ops::kv::{KvShape, Segment, StepLayout};
 use candle_core::DType;
-use half::vec::HalfBitsVecExt;
+use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Keys and values: per layer, keys are `[blocks, kv_heads, hd, block_size]`, so that the scores of neighbouring
-/// positions are computed side by side, and values `[blocks, kv_heads, block_size, hd]`.
+/// positions are computed side by side, and values `[blocks, kv_heads, block_size, hd]`. In pairs, they are
+/// `[blocks, kv_heads, hd / 2, block_size, 2]` and `[blocks, kv_heads, block_size / 2, hd, 2]`.
 #[derive(Debug)]
 pub(crate) struct KvStore {
-    block_size: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    place: Place,
     layer_len: usize,
     data: Data,
 }
@@ -25,19 +28,30 @@ pub(crate) struct KvStore {
 #[derive(Debug)]
 enum Data {
     F32(Pair<f32>),
-    Bf16(Pair<bf16>),
-    F16(Pair<f16>),
+    Bf16(Pair<u16>),
+    F16(Pair<u16>),
 }
 
+/// Keys and values, those of 16 bits as these: zeros of integers are asked of the system instead of written, so that a
+/// cache takes memory as it fills.
 #[derive(Debug)]
-struct Pair<E> {
-    k: Vec<E>,
-    v: Vec<E>,
+struct Pair<W> {
+    k: Aligned<W>,
+    v: Aligned<W>,
 }
 
-impl<E: Copy> Pair<E> {
-    fn new(zeros: impl Fn() -> Vec<E>) -> Self {
-        Self { k: zeros(), v: zeros() }
+impl<W: Copy + Default> Pair<W> {
+    fn new(len: usize) -> Self {
+        Self { k: Aligned::sparse(len), v: Aligned::sparse(len) }
+    }
+
+    /// Keys and values `at` there.
+    fn part(&self, at: Range<usize>) -> [&[W]; 2] {
+        [&self.k[at.clone()], &self.v[at]]
+    }
+
+    fn part_mut(&mut self, at: Range<usize>) -> [&mut [W]; 2] {
+        [&mut self.k[at.clone()], &mut self.v[at]]
     }
 
     /// Copies the `len` elements from `from` on to `to`.
@@ -69,7 +83,7 @@ impl Element for f32 {
 
 impl Element for bf16 {
     fn narrow(x: f32) -> Self {
-        bf16::from_f32(x)
+        bf16::from_bits(bf16_bits(x))
     }
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -135,33 +149,36 @@ fn widen_body<E: Element>(runs: &Runs<'_, E>, to: &mut [f32]) {
 
 impl KvStore {
     pub(crate) fn new(shape: &KvShape, dtype: DType) -> Self {
+        Self::new_for(Isa::get(), shape, dtype)
+    }
+
+    /// For the kernels of `isa`, and none other.
+    pub(super) fn new_for(isa: Isa, shape: &KvShape, dtype: DType) -> Self {
         let layer_len = shape.blocks * shape.block_size * shape.kv_heads * shape.head_dim;
         let len = shape.layers * layer_len;
-        // As integers, zeros are asked of the system instead of written: a cache takes memory as it fills.
-        let bits = || vec![0u16; len];
         let data = match dtype {
-            DType::F32 => Data::F32(Pair::new(|| vec![0.0; len])),
-            DType::F16 => Data::F16(Pair::new(|| bits().reinterpret_into())),
-            _ => Data::Bf16(Pair::new(|| bits().reinterpret_into())),
+            DType::F32 => Data::F32(Pair::new(len)),
+            DType::F16 => Data::F16(Pair::new(len)),
+            _ => Data::Bf16(Pair::new(len)),
         };
         let KvShape { block_size, kv_heads, head_dim, .. } = *shape;
-        Self { block_size, kv_heads, head_dim, layer_len, data }
+        let pairs = matches!(data, Data::Bf16(_)) && takes_pairs(isa, head_dim, block_size);
+        Self { place: Place { block_size, kv_heads, head_dim, pairs }, layer_len, data }
     }
 
     /// Writes `k` and `v`, `[T, kv_heads·hd]`, to the slots of their tokens.
     pub(crate) fn write(&mut self, layer: usize, k: &[f32], v: &[f32], step: &StepLayout) {
-        let (start, len) = (layer * self.layer_len, self.layer_len);
-        let place = Place { block_size: self.block_size, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        let (at, place) = (layer * self.layer_len..(layer + 1) * self.layer_len, self.place);
         match &mut self.data {
-            Data::F32(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
-            Data::Bf16(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
-            Data::F16(p) => place.write(&mut p.k[start..start + len], &mut p.v[start..start + len], k, v, step),
+            Data::F32(p) => place.write(p.part_mut(at), k, v, step),
+            Data::Bf16(p) => place.write(p.part_mut(at).map(|x| x.reinterpret_cast_mut::<bf16>()), k, v, step),
+            Data::F16(p) => place.write(p.part_mut(at).map(|x| x.reinterpret_cast_mut::<f16>()), k, v, step),
         }
     }
 
     /// Copies a block of every layer over another.
     pub(crate) fn copy_block(&mut self, from: usize, to: usize) {
-        let len = self.kv_heads * self.block_size * self.head_dim;
+        let len = self.place.kv_heads * self.place.block_len();
         let layers = match &self.data {
             Data::F32(p) => p.k.len(),
             Data::Bf16(p) => p.k.len(),
@@ -199,18 +216,19 @@ impl KvStore {
         window: Option<usize>,
         entropy_t: Option<&mut Vec<f32>>,
     ) -> Vec<f32> {
-        let (start, len) = (layer * self.layer_len, self.layer_len);
-        let place = Place { block_size: self.block_size, kv_heads: self.kv_heads, head_dim: self.head_dim };
-        let heads = q.len() / step.tokens().max(1) / self.head_dim;
+        let (at, place) = (layer * self.layer_len..(layer + 1) * self.layer_len, self.place);
+        let heads = q.len() / step.tokens().max(1) / place.head_dim;
         let mut out = vec![0.0; q.len()];
         let mut entropy_th = entropy_t.as_ref().map(|_| vec![0.0; step.tokens() * heads]);
-        let call = Call { isa, place, q, step, window, group: heads / self.kv_heads };
+        let call = Call { isa, place, q, step, window, group: heads / place.kv_heads };
         let results =
             Results { out: SharedOut::new(&mut out), entropy_th: entropy_th.as_deref_mut().map(SharedOut::new) };
         match &self.data {
-            Data::F32(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
-            Data::Bf16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
-            Data::F16(p) => call.attend(&p.k[start..start + len], &p.v[start..start + len], results),
+            Data::F32(p) => call.attend(p.part(at), results),
+            #[cfg(target_arch = "x86_64")]
+            Data::Bf16(p) if place.pairs => call.attend_pairs(p.part(at), results),
+            Data::Bf16(p) => call.attend(p.part(at).map(|x| x.reinterpret_cast::<bf16>()), results),
+            Data::F16(p) => call.attend(p.part(at).map(|x| x.reinterpret_cast::<f16>()), results),
         }
         if let (Some(entropy_t), Some(entropy_th)) = (entropy_t, entropy_th) {
             entropy_t.clear();
@@ -225,22 +243,29 @@ fn mean(values: &[f32]) -> f32 {
 }
 
 /// Where a head's rows lie in a layer.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Place {
     block_size: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// Whether neighbouring dimensions of keys and positions of values lie in pairs.
+    pairs: bool,
 }
 
 impl Place {
     /// Offset of what KV head `head` has in the block of `position`.
     fn block(&self, segment: &Segment, position: usize, head: usize) -> usize {
         let block = segment.blocks[position / self.block_size].0 as usize;
-        (block * self.kv_heads + head) * self.block_size * self.head_dim
+        (block * self.kv_heads + head) * self.block_len()
     }
 
-    fn write<E: Element>(&self, k_out: &mut [E], v_out: &mut [E], k: &[f32], v: &[f32], step: &StepLayout) {
-        let (hd, row, block_len) = (self.head_dim, self.kv_heads * self.head_dim, self.block_size * self.head_dim);
+    /// Elements that a head has in a block.
+    fn block_len(&self) -> usize {
+        self.block_size * self.head_dim
+    }
+
+    fn write<E: Element>(&self, [k_out, v_out]: [&mut [E]; 2], k: &[f32], v: &[f32], step: &StepLayout) {
+        let (hd, row) = (self.head_dim, self.kv_heads * self.head_dim);
         // Blocks that are written, each with the first of its tokens.
         let mut parts = Vec::new();
         let mut t = 0;
@@ -263,14 +288,21 @@ impl Place {
             for head in 0..self.kv_heads {
                 let (block, slot) = (self.block(segment, part.start, head), part.start % self.block_size);
                 // SAFETY: items have different blocks.
-                let [k_out, v_out] =
-                    [k_out, v_out].map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(block), block_len) });
+                let [k_out, v_out] = [k_out, v_out]
+                    .map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(block), self.block_len()) });
                 for (i, slot) in (slot..slot + part.len()).enumerate() {
                     let at = (t + i) * row + head * hd;
-                    let to = k_out[slot..].iter_mut().step_by(self.block_size);
-                    to.zip(&k[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
-                    let to = &mut v_out[slot * hd..];
-                    to.iter_mut().zip(&v[at..at + hd]).for_each(|(to, x)| *to = E::narrow(*x));
+                    let (k, v) = (&k[at..at + hd], &v[at..at + hd]);
+                    if self.pairs {
+                        let to = k_out.as_chunks_mut::<2>().0[slot..].iter_mut().step_by(self.block_size);
+                        to.zip(k.as_chunks::<2>().0).for_each(|(to, k)| *to = k.map(E::narrow));
+                        let to = v_out[slot / 2 * 2 * hd..].as_chunks_mut::<2>().0;
+                        to.iter_mut().zip(v).for_each(|(to, v)| to[slot % 2] = E::narrow(*v));
+                    } else {
+                        let to = k_out[slot..].iter_mut().step_by(self.block_size);
+                        to.zip(k).for_each(|(to, k)| *to = E::narrow(*k));
+                        v_out[slot * hd..].iter_mut().zip(v).for_each(|(to, v)| *to = E::narrow(*v));
+                    }
                 }
             }
         });
@@ -294,6 +326,20 @@ impl Place {
             let runs = Runs { from, stride: self.block_size, to_stride: CHUNK, len: part.len(), count: self.head_dim };
             E::widen_runs(&runs, &mut to[part.start - start..]);
         }
+    }
+
+    /// Where the strips of the chunk are that hold `positions`.
+    #[cfg(target_arch = "x86_64")]
+    fn strips(&self, [k, v]: [&[u16]; 2], segment: &Segment, head: usize, positions: Range<usize>) -> Strips {
+        let nowhere = [std::ptr::null(); STRIPS];
+        let mut strips = Strips { keys: nowhere, key_stride: self.block_size, values: nowhere };
+        for start in (positions.start / LANES * LANES..positions.end).step_by(LANES) {
+            let (block, slot) = (self.block(segment, start, head), start % self.block_size);
+            let strip = start % CHUNK / LANES;
+            strips.keys[strip] = k[block..][..self.block_len()][2 * slot..].as_ptr().cast();
+            strips.values[strip] = v[block..][..self.block_len()][slot * self.head_dim..].as_ptr().cast();
+        }
+        strips
     }
 
     /// Widens the values at `positions`, all in one chunk, to `[CHUNK, width]`.
@@ -362,14 +408,40 @@ struct Results {
     entropy_th: Option<SharedOut>,
 }
 
+/// Takes in a chunk for the rows of a tile.
+trait Chunk: Fn(&Tile<'_>, usize, Range<usize>, &mut Scratch) + Sync + Send {}
+
+impl<F: Fn(&Tile<'_>, usize, Range<usize>, &mut Scratch) + Sync + Send> Chunk for F {}
+
 impl Call<'_> {
-    fn attend<E: Element>(&self, k: &[E], v: &[E], results: Results) {
+    fn attend<E: Element>(&self, [k, v]: [&[E]; 2], results: Results) {
+        let place = self.place;
+        self.attend_by(results, |tile, head, positions, Scratch { softmax, wide }| {
+            wide.resize(CHUNK * softmax.width(), 0.0);
+            place.keys(k, tile.segment, head, positions.clone(), wide);
+            softmax.score(self.isa, positions.start / CHUNK * CHUNK, &wide[..CHUNK * place.head_dim]);
+            place.values(v, tile.segment, head, positions, softmax.width(), wide);
+            softmax.weigh(self.isa, wide);
+        });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn attend_pairs(&self, layer: [&[u16]; 2], results: Results) {
+        self.attend_by(results, |tile, head, positions, Scratch { softmax, .. }| {
+            let strips = self.place.strips(layer, tile.segment, head, positions.clone());
+            // SAFETY: rows see nothing of the chunk but these positions.
+            unsafe { softmax.attend_pairs(positions.start / CHUNK * CHUNK, &strips) };
+        });
+    }
+
+    /// Has `chunk` take in what the tiles see, with a KV head and positions of one chunk.
+    fn attend_by(&self, results: Results, chunk: impl Chunk) {
         let (tiles, kv_heads) = (self.tiles(), self.place.kv_heads);
         let row = self.group * kv_heads * self.place.head_dim;
         let seen: usize = self.step.positions().iter().map(|&p| self.seen(p as usize).len()).sum();
         for_each(tiles.len() * kv_heads, 4 * seen * row, |item| {
             SCRATCH.with_borrow_mut(|scratch| {
-                self.attend_tile(&tiles[item / kv_heads], item % kv_heads, (k, v), results, scratch);
+                self.attend_tile(&tiles[item / kv_heads], item % kv_heads, results, scratch, &chunk);
             });
         });
     }
@@ -394,32 +466,21 @@ impl Call<'_> {
     }
 
     /// Writes the outputs of the query heads that share KV head `head`.
-    fn attend_tile<E: Element>(
-        &self,
-        tile: &Tile<'_>,
-        head: usize,
-        (k, v): (&[E], &[E]),
-        results: Results,
-        Scratch { softmax, wide }: &mut Scratch,
-    ) {
+    fn attend_tile(&self, tile: &Tile<'_>, head: usize, results: Results, scratch: &mut Scratch, chunk: &impl Chunk) {
         let Self { place, group, .. } = *self;
         let hd = place.head_dim;
         let query = |row: usize| ((tile.t + row / group) * place.kv_heads + head) * group + row % group;
         let rows = tile.len * group;
         let seen = (0..rows).map(|row| self.seen(tile.position + row / group));
-        softmax.start(hd, seen, results.entropy_th.is_some());
+        scratch.softmax.start(hd, seen, results.entropy_th.is_some(), place.pairs.then_some(self.isa));
         for row in 0..rows {
-            softmax.set_query(row, &self.q[query(row) * hd..(query(row) + 1) * hd]);
+            scratch.softmax.set_query(row, &self.q[query(row) * hd..(query(row) + 1) * hd]);
         }
         let (first, end) = (self.seen(tile.position).start, tile.position + tile.len);
-        wide.resize(CHUNK * softmax.width(), 0.0);
         for start in (first / CHUNK * CHUNK..end).step_by(CHUNK) {
-            let positions = first.max(start)..end.min(start + CHUNK);
-            place.keys(k, tile.segment, head, positions.clone(), wide);
-            softmax.score(self.isa, start, &wide[..CHUNK * hd]);
-            place.values(v, tile.segment, head, positions, softmax.width(), wide);
-            softmax.weigh(self.isa, wide);
+            chunk(tile, head, first.max(start)..end.min(start + CHUNK), scratch);
         }
+        let softmax = &scratch.softmax;
         for row in 0..rows {
             // SAFETY: items write the disjoint outputs of their tokens' query groups.
             softmax.finish(row, unsafe { std::slice::from_raw_parts_mut(results.out.from(query(row) * hd), hd) });

@@ -3,10 +3,20 @@
 //! Every row goes through the same operations in the same order whatever rows are beside it: scores of a chunk,
 //! their exponentials against the largest score yet, then the values in ascending positions. Chunks lie at
 //! fixed positions. What a row does not see gets weight 0 in its sum, and its value is not touched at all.
+//!
+//! Keys and values are widened to f32 and multiplied with queries and weights as they are, or where they are bf16 and the
+//! processor has AVX-512 multiplied as they lie (`pairs`).
+
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 
 use super::isa::Isa;
 use super::math::{self, LANES};
+use super::pack::BLOCK;
 use std::ops::Range;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use pairs::{STRIPS, Strips};
 
 /// Positions of a chunk: its keys, or its values, stay in the first cache for all rows.
 pub(super) const CHUNK: usize = 64;
@@ -18,8 +28,10 @@ pub(super) struct Rows {
     head_dim: usize,
     /// `head_dim` in whole lanes.
     width: usize,
-    /// `[hd, rows]`, scaled so that scores are exponents of two.
+    /// `[hd, rows]`
     queries: Vec<f32>,
+    /// What scores are multiplied by to be exponents of two, if queries are not already.
+    scale: Option<f32>,
     /// What each row sees.
     seen: Vec<Range<usize>>,
     /// What it sees of the chunk.
@@ -34,23 +46,45 @@ pub(super) struct Rows {
     weights: Vec<[f32; CHUNK]>,
     /// Weighted sums of values, `[rows, width]`.
     out: Vec<f32>,
+    #[cfg(target_arch = "x86_64")]
+    packed: pairs::Packed,
 }
 
 impl Rows {
-    /// Takes up rows that see these positions. With `entropies`, [`Self::entropy`] may be asked for.
-    pub(super) fn start(&mut self, head_dim: usize, seen: impl Iterator<Item = Range<usize>>, entropies: bool) {
+    /// Takes up rows that see these positions. With `entropies`, [`Self::entropy`] may be asked for. With `pairs`, keys and
+    /// values lie [in pairs](takes_pairs) for that instruction set.
+    pub(super) fn start(
+        &mut self,
+        head_dim: usize,
+        seen: impl Iterator<Item = Range<usize>>,
+        entropies: bool,
+        pairs: Option<Isa>,
+    ) {
         self.seen.clear();
         self.seen.extend(seen);
         let (rows, width) = (self.seen.len(), head_dim.next_multiple_of(LANES));
-        (self.rows, self.head_dim, self.width) = (rows, head_dim, width);
+        (self.rows, self.head_dim, self.width, self.scale) = (rows, head_dim, width, None);
+        #[cfg(target_arch = "x86_64")]
+        let room = match pairs {
+            Some(isa) => {
+                self.scale = Some(scale_of(head_dim));
+                rows.max(self.packed.start(rows, head_dim, isa == Isa::Amx))
+            }
+            None => rows,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let room = {
+            assert!(pairs.is_none(), "there are no kernels for pairs here");
+            rows
+        };
         refill(&mut self.max, rows, f32::NEG_INFINITY);
         refill(&mut self.sums, rows, [0.0; LANES]);
         refill(&mut self.moments, if entropies { rows } else { 0 }, [0.0; LANES]);
-        refill(&mut self.out, rows * width, 0.0);
+        refill(&mut self.out, room * width, 0.0);
         // Of these, nothing is read before it is written.
         self.queries.resize(head_dim * rows, 0.0);
         self.here.resize(rows, 0..0);
-        self.weights.resize(rows, [0.0; CHUNK]);
+        self.weights.resize(room, [0.0; CHUNK]);
     }
 
     /// Floats from one staged value to the next.
@@ -59,19 +93,39 @@ impl Rows {
     }
 
     pub(super) fn set_query(&mut self, row: usize, query: &[f32]) {
-        let scale = std::f32::consts::LOG2_E / (self.head_dim as f32).sqrt();
+        #[cfg(target_arch = "x86_64")]
+        if self.scale.is_some() {
+            return self.set_rounded_query(row, query);
+        }
+        let scale = scale_of(self.head_dim);
         for (to, x) in self.queries[row..].iter_mut().step_by(self.rows).zip(query) {
             *to = x * scale;
         }
+    }
+
+    /// Moves on to the chunk from `start`.
+    fn see(&mut self, start: usize) {
+        for (here, seen) in self.here.iter_mut().zip(&self.seen) {
+            *here = seen.start.clamp(start, start + CHUNK) - start..seen.end.clamp(start, start + CHUNK) - start;
+        }
+    }
+
+    /// Moves on to the chunk from `start`, whose keys and values are of bf16 and lie in pairs.
+    ///
+    /// # Safety
+    /// Strips that a row sees something of must be there as a whole; the rows were started with `pairs`.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) unsafe fn attend_pairs(&mut self, start: usize, strips: &Strips) {
+        self.see(start);
+        // SAFETY: the caller's word, and [`takes_pairs`]'s for the instructions.
+        unsafe { self.attend_strips(strips) }
     }
 
     /// Moves on to the chunk from `start`, with its keys `[hd, CHUNK]`: scores and weights. Keys of positions that
     /// no row sees may be anything.
     pub(super) fn score(&mut self, isa: Isa, start: usize, keys: &[f32]) {
         assert_eq!(keys.len(), self.head_dim * CHUNK);
-        for (here, seen) in self.here.iter_mut().zip(&self.seen) {
-            *here = seen.start.clamp(start, start + CHUNK) - start..seen.end.clamp(start, start + CHUNK) - start;
-        }
+        self.see(start);
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: who has an `Isa` other than the portable one found its instructions.
@@ -180,6 +234,9 @@ impl Rows {
         let (strips, _) = weights[start..end].as_chunks_mut::<LANES>();
         let before = self.max[row];
         let mut lanes = [before; LANES];
+        if let Some(scale) = self.scale {
+            strips.iter_mut().flatten().for_each(|score| *score *= scale);
+        }
         for strip in strips.iter() {
             for i in 0..LANES {
                 lanes[i] = larger(strip[i], lanes[i]);
@@ -298,6 +355,16 @@ impl Rows {
             store(simd, sums, &mut out[column..column + P * LANES]);
         }
     }
+}
+
+/// Whether keys and values of bf16 are to lie in pairs, in blocks of `block_size` positions.
+pub(super) fn takes_pairs(isa: Isa, head_dim: usize, block_size: usize) -> bool {
+    matches!(isa, Isa::Amx | Isa::Avx512) && head_dim.is_multiple_of(BLOCK) && block_size.is_multiple_of(LANES)
+}
+
+/// By what products of queries and keys are exponents of two.
+fn scale_of(head_dim: usize) -> f32 {
+    std::f32::consts::LOG2_E / (head_dim as f32).sqrt()
 }
 
 fn refill<T: Clone>(values: &mut Vec<T>, len: usize, value: T) {
@@ -421,7 +488,7 @@ mod x86 {
 
     /// Made only where AVX-512F is.
     #[derive(Clone, Copy)]
-    struct Avx512(());
+    pub(super) struct Avx512(());
 
     // SAFETY, of every block: the value says that the instructions are there, the array that its memory is.
     impl Simd for Avx512 {

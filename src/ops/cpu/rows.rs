@@ -225,10 +225,12 @@ impl RowBuffer {
 
     /// Rows `from` of `x`, in that order.
     pub(super) fn gathered(x: Rows<'_>, from: &[u32]) -> Self {
+        /// Of a block.
+        type Line = [u16; BLOCK];
         let buffer = Self::new(x.form, from.len(), x.width);
-        let (blocks, block) = match x.form {
+        let (blocks, whole) = match x.form {
             Form::F32 => (1, x.width * x.form.bytes()),
-            Form::Bf16 | Form::Bytes => (x.width.div_ceil(BLOCK), BLOCK * x.form.bytes()),
+            Form::Bf16 | Form::Bytes => (x.width.div_ceil(BLOCK), size_of::<Line>()),
         };
         let items = from.len().div_ceil(ROWS_PER_ITEM);
         super::for_each(items, from.len() * x.width * FLOPS_PER_COPY, |item| {
@@ -238,7 +240,14 @@ impl RowBuffer {
                     let (from, to) = (x.block(at, from as usize), buffer.rows().block(at, row));
                     // SAFETY: these are blocks of rows within their buffers; items write disjoint rows of one that is
                     // not shared yet.
-                    unsafe { std::ptr::copy_nonoverlapping(from, to.cast_mut(), block) };
+                    unsafe {
+                        if whole == size_of::<Line>() {
+                            // Of a length the compiler knows, without a call.
+                            to.cast_mut().cast::<Line>().write_unaligned(from.cast::<Line>().read_unaligned());
+                        } else {
+                            std::ptr::copy_nonoverlapping(from, to.cast_mut(), whole);
+                        }
+                    }
                 }
             }
         });

@@ -309,7 +309,7 @@ impl Sequences {
 
     /// The results of every sequence; a step takes from each the next of its parts, in turn.
     fn run(&self, isa: isa::Isa, dtype: DType, parts: &[Vec<usize>]) -> Vec<Attended> {
-        let mut store = KvStore::new(&self.shape, dtype);
+        let mut store = KvStore::new_for(isa, &self.shape, dtype);
         let kv_width = self.shape.kv_heads * self.shape.head_dim;
         let (mut done, mut out) = (vec![0; parts.len()], vec![Attended::default(); parts.len()]);
         for turn in 0..parts.iter().map(Vec::len).max().unwrap_or(0) {
@@ -393,7 +393,9 @@ proptest! {
         for isa in isa::Isa::available() {
             for (i, got) in sequences.whole(isa, dtype).iter().enumerate() {
                 let want = sequences.want(i);
-                assert_close(&got.out, &want.out, 1e-5);
+                // In pairs, weights are rounded to bf16.
+                let pairs = dtype == DType::BF16 && attention_kernel::takes_pairs(isa, hd, block_size);
+                assert_close(&got.out, &want.out, if pairs { 2e-3 } else { 1e-5 });
                 assert_close(&got.entropy_t, &want.entropy_t, 1e-5);
                 prop_assert!(got.entropy_t.iter().all(|h| *h >= 0.0), "{isa:?}");
             }
@@ -436,7 +438,8 @@ proptest! {
     fn attention_does_not_see_what_comes_later_nor_other_sequences(
         len in 2usize..150, share in 0.0f64..1.0, group in 1usize..6, hd in head_dims(),
         block_size in proptest::sample::select(vec![4, 16]), window in proptest::option::of(1usize..100),
-        bad in proptest::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]), seed in 0u64..1000,
+        bad in proptest::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]), dtype in dtypes(),
+        seed in 0u64..1000,
     ) {
         let first_bad = 1 + ((len - 1) as f64 * share) as usize;
         let sequences = Sequences { window, ..Sequences::new(&[len, 40], group, 1, hd, block_size, seed) };
@@ -446,7 +449,7 @@ proptest! {
             x[1].fill(bad);
         }
         for isa in isa::Isa::available() {
-            let (good, spoiled) = (sequences.whole(isa, DType::F32), spoiled.whole(isa, DType::F32));
+            let (good, spoiled) = (sequences.whole(isa, dtype), spoiled.whole(isa, dtype));
             let upto = first_bad * group * hd;
             let (good, spoiled) = (&good[0], &spoiled[0]);
             prop_assert!(good.out[..upto] == spoiled.out[..upto], "{isa:?}");

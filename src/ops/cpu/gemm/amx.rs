@@ -87,7 +87,7 @@ impl Tiles {
     }
 
     /// Rows, and bytes of each, of every tile.
-    fn of(tiles: [(u8, u16); 8]) -> Self {
+    pub(in crate::ops::cpu) fn of(tiles: [(u8, u16); 8]) -> Self {
         assert!(usable(), "this machine has no tiles");
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (tile, (rows, bytes)) in tiles.into_iter().enumerate() {

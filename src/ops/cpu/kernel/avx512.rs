@@ -52,14 +52,14 @@ kernel!(f16, u16, |words: *const u16| _mm512_cvtph_ps(_mm256_loadu_si256(words.c
 /// The even numbers of pairs of bf16, widened.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn even(pairs: __m512i) -> __m512 {
+pub(in crate::ops::cpu) fn even(pairs: __m512i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
 }
 
 /// The odd ones.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn odd(pairs: __m512i) -> __m512 {
+pub(in crate::ops::cpu) fn odd(pairs: __m512i) -> __m512 {
     _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF_0000_u32 as i32)))
 }
 
