@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Pairs of steps that count, and those before them.
-const ROUNDS: usize = 600;
+const ROUNDS: usize = 2400;
 const WARM_UP: usize = 60;
 /// Batches that are measured.
 const BATCHES: [usize; 2] = [1, 32];

@@ -59,27 +59,30 @@ fn side_by_side<const N: usize>(z: &[f32], width: usize, entropies: &mut [f32]) 
     if entropies.len() < N {
         return;
     }
-    let mut columns = vec![[0.0; N]; width];
-    let mut exponentials = columns.clone();
+    // What stands in a column, and its exponentials.
+    let mut columns = vec![[[0.0; N]; 2]; width];
     for (z, entropies) in z.chunks_exact(N * width).zip(entropies.as_chunks_mut::<N>().0) {
-        for (lane, z) in z.chunks_exact(width).enumerate() {
-            columns.iter_mut().zip(z).for_each(|(column, z)| column[lane] = *z);
+        let rows: [&[f32]; N] = std::array::from_fn(|lane| &z[lane * width..][..width]);
+        for (i, [column, _]) in columns.iter_mut().enumerate() {
+            for lane in 0..N {
+                column[lane] = rows[lane][i];
+            }
         }
         let mut max = [f32::NEG_INFINITY; N];
-        for column in &columns {
+        for [column, _] in &columns {
             for i in 0..N {
                 max[i] = math::larger(max[i], column[i]);
             }
         }
         // Apart from the sums, so that these are vectors where there is one row.
-        for (column, e) in columns.iter_mut().zip(&mut exponentials) {
+        for [column, e] in &mut columns {
             for i in 0..N {
                 column[i] -= max[i];
                 e[i] = math::exp(column[i]);
             }
         }
         let [mut sum, mut weighted] = [[0.0; N]; 2];
-        for (column, e) in columns.iter().zip(&exponentials) {
+        for [column, e] in &columns {
             for i in 0..N {
                 sum[i] += e[i];
                 weighted[i] += e[i] * column[i];
