@@ -472,7 +472,7 @@ impl Call<'_> {
         let query = |row: usize| ((tile.t + row / group) * place.kv_heads + head) * group + row % group;
         let rows = tile.len * group;
         let seen = (0..rows).map(|row| self.seen(tile.position + row / group));
-        scratch.softmax.start(hd, seen, results.entropy_th.is_some(), place.pairs.then_some(self.isa));
+        scratch.softmax.start(hd, seen, results.entropy_th.is_some(), place.pairs);
         for row in 0..rows {
             scratch.softmax.set_query(row, &self.q[query(row) * hd..(query(row) + 1) * hd]);
         }

@@ -5,7 +5,7 @@
 //! fixed positions. What a row does not see gets weight 0 in its sum, and its value is not touched at all.
 //!
 //! Keys and values are widened to f32 and multiplied with queries and weights as they are, or where they are bf16 and the
-//! processor has AVX-512 multiplied as they lie (`pairs`).
+//! processor has tiles multiplied as they lie (`pairs`).
 
 #[cfg(target_arch = "x86_64")]
 mod pairs;
@@ -52,29 +52,28 @@ pub(super) struct Rows {
 
 impl Rows {
     /// Takes up rows that see these positions. With `entropies`, [`Self::entropy`] may be asked for. With `pairs`, keys and
-    /// values lie [in pairs](takes_pairs) for that instruction set.
+    /// values lie [in pairs](takes_pairs).
     pub(super) fn start(
         &mut self,
         head_dim: usize,
         seen: impl Iterator<Item = Range<usize>>,
         entropies: bool,
-        pairs: Option<Isa>,
+        pairs: bool,
     ) {
         self.seen.clear();
         self.seen.extend(seen);
         let (rows, width) = (self.seen.len(), head_dim.next_multiple_of(LANES));
         (self.rows, self.head_dim, self.width, self.scale) = (rows, head_dim, width, None);
         #[cfg(target_arch = "x86_64")]
-        let room = match pairs {
-            Some(isa) => {
-                self.scale = Some(scale_of(head_dim));
-                rows.max(self.packed.start(rows, head_dim, isa == Isa::Amx))
-            }
-            None => rows,
+        let room = if pairs {
+            self.scale = Some(scale_of(head_dim));
+            rows.max(self.packed.start(rows, head_dim))
+        } else {
+            rows
         };
         #[cfg(not(target_arch = "x86_64"))]
         let room = {
-            assert!(pairs.is_none(), "there are no kernels for pairs here");
+            assert!(!pairs, "there are no kernels for pairs here");
             rows
         };
         refill(&mut self.max, rows, f32::NEG_INFINITY);
@@ -357,9 +356,10 @@ impl Rows {
     }
 }
 
-/// Whether keys and values of bf16 are to lie in pairs, in blocks of `block_size` positions.
+/// Whether keys and values of bf16 are to lie in pairs, in blocks of `block_size` positions. Vectors alone would be slower on
+/// prompts than with what is widened once for many rows.
 pub(super) fn takes_pairs(isa: Isa, head_dim: usize, block_size: usize) -> bool {
-    matches!(isa, Isa::Amx | Isa::Avx512) && head_dim.is_multiple_of(BLOCK) && block_size.is_multiple_of(LANES)
+    isa == Isa::Amx && head_dim.is_multiple_of(BLOCK) && block_size.is_multiple_of(LANES)
 }
 
 /// By what products of queries and keys are exponents of two.

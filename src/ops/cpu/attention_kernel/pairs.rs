@@ -57,9 +57,9 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// Makes room for what `tiles` will read; the rows that outputs and scores need room for.
-    pub(super) fn start(&mut self, rows: usize, head_dim: usize, tiles: bool) -> usize {
-        self.rows = if tiles && rows >= ROWS_MIN { rows.next_multiple_of(SQUARE) } else { 0 };
+    /// Makes room for what tiles will read; the rows that outputs and scores need room for.
+    pub(super) fn start(&mut self, rows: usize, head_dim: usize) -> usize {
+        self.rows = if rows >= ROWS_MIN { rows.next_multiple_of(SQUARE) } else { 0 };
         // Rows past the last one may hold anything: they give rows past the last one.
         self.queries.resize(self.rows * (head_dim / BLOCK), Lines([0; BLOCK]));
         self.weights.resize(self.rows, Lines([0; CHUNK]));
@@ -97,7 +97,7 @@ impl Rows {
     /// Takes in the chunk that [`Rows::see`] moved on to.
     ///
     /// # Safety
-    /// Strips that a row sees something of must be there as a whole, and the processor must have AVX-512.
+    /// Strips that a row sees something of must be there as a whole, and the processor must have tiles.
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
     pub(super) unsafe fn attend_strips(&mut self, strips: &Strips) {
         let tiles = (self.packed.rows > 0).then(PairTiles::configure);
