@@ -10,7 +10,7 @@ const HUGE_PAGE: usize = 2 << 20;
 const HUGE_PAGES_MIN: usize = 2 * HUGE_PAGE;
 
 /// `len` words from the start of a cache line on; many, from that of a huge page on.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Aligned<W> {
     words: Vec<W>,
     start: usize,

@@ -330,7 +330,7 @@ pub(super) const ROWS_PER_ITEM: usize = 16;
 pub(super) const FLOPS_PER_COPY: usize = 8;
 
 /// Rounds `x` to elements `at..` of `out`, every [`BLOCK`] of it `stride` after the one before. They are the caller's alone.
-fn round(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
+pub(super) fn round(x: &[f32], out: SharedOut<u16>, at: usize, stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if Isa::get() == Isa::Amx {
         // SAFETY: a processor with tiles has these instructions.

@@ -8,11 +8,12 @@
 
 use super::x86::Avx512;
 use super::{CHUNK, LANES, Rows};
-use crate::ops::cpu::gemm::amx::Tiles;
-use crate::ops::cpu::isa::multiversion;
+use crate::ops::cpu::SharedOut;
+use crate::ops::cpu::aligned::Aligned;
+use crate::ops::cpu::gemm::amx::MixedTiles;
 use crate::ops::cpu::kernel::avx512::{even, odd};
 use crate::ops::cpu::pack::BLOCK;
-use crate::ops::cpu::rows::bf16_bits;
+use crate::ops::cpu::rows::{bf16_bits, round};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -40,18 +41,13 @@ pub(in crate::ops::cpu) struct Strips {
     pub values: [*const u32; STRIPS],
 }
 
-/// What tiles read line by line of the cache.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Lines<const N: usize>([u16; N]);
-
 /// What only tiles read, for whole squares of rows.
 #[derive(Default)]
 pub(super) struct Packed {
-    /// `[hd / BLOCK, rows]` blocks, bf16.
-    queries: Vec<Lines<BLOCK>>,
-    /// Of a chunk, bf16.
-    weights: Vec<Lines<CHUNK>>,
+    /// `[hd / BLOCK, rows, BLOCK]`, bf16.
+    queries: Aligned<u16>,
+    /// `[rows, CHUNK]`, bf16.
+    weights: Aligned<u16>,
     /// In whole squares, or 0 where vectors do all.
     rows: usize,
 }
@@ -61,17 +57,13 @@ impl Packed {
     pub(super) fn start(&mut self, rows: usize, head_dim: usize) -> usize {
         self.rows = if rows >= ROWS_MIN { rows.next_multiple_of(SQUARE) } else { 0 };
         // Rows past the last one may hold anything: they give rows past the last one.
-        self.queries.resize(self.rows * (head_dim / BLOCK), Lines([0; BLOCK]));
-        self.weights.resize(self.rows, Lines([0; CHUNK]));
+        for (buffer, width) in [(&mut self.queries, head_dim), (&mut self.weights, CHUNK)] {
+            if buffer.len() < self.rows * width {
+                *buffer = Aligned::zeroed(self.rows * width);
+            }
+        }
         self.rows
     }
-}
-
-multiversion!(fn round_block(x: &[f32; BLOCK], to: &mut [u16; BLOCK]) = round_block_body);
-
-#[inline(always)]
-fn round_block_body(x: &[f32; BLOCK], to: &mut [u16; BLOCK]) {
-    to.iter_mut().zip(x).for_each(|(to, x)| *to = bf16_bits(*x));
 }
 
 /// A number of bf16.
@@ -83,10 +75,7 @@ fn rounded(x: f32) -> f32 {
 impl Rows {
     pub(super) fn set_rounded_query(&mut self, row: usize, query: &[f32]) {
         if self.packed.rows > 0 {
-            let to = self.packed.queries[row..].iter_mut().step_by(self.packed.rows);
-            for (to, query) in to.zip(query.as_chunks::<BLOCK>().0) {
-                round_block(query, &mut to.0);
-            }
+            round(query, SharedOut::new(&mut self.packed.queries), row * BLOCK, self.packed.rows * BLOCK);
         } else {
             for (to, x) in self.queries[row..].iter_mut().step_by(self.rows).zip(query) {
                 *to = rounded(*x);
@@ -100,7 +89,7 @@ impl Rows {
     /// Strips that a row sees something of must be there as a whole, and the processor must have tiles.
     #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
     pub(super) unsafe fn attend_strips(&mut self, strips: &Strips) {
-        let tiles = (self.packed.rows > 0).then(PairTiles::configure);
+        let tiles = (self.packed.rows > 0).then(MixedTiles::configure);
         // SAFETY: the caller's word; whoever has tiles has room for whole squares.
         unsafe {
             match &tiles {
@@ -205,14 +194,11 @@ impl Rows {
             let here = &self.here[row];
             let seen = here.start / LANES * LANES..here.end.next_multiple_of(LANES).min(CHUNK);
             let weights = &mut self.weights[row];
-            for weight in &mut weights[seen.clone()] {
-                *weight = rounded(*weight);
-            }
             if self.packed.rows > 0 {
-                for (to, weight) in self.packed.weights[row].0[seen.clone()].iter_mut().zip(&weights[seen]) {
-                    *to = (weight.to_bits() >> 16) as u16;
-                }
+                let packed = SharedOut::new(&mut self.packed.weights);
+                round(&weights[seen.clone()], packed, row * CHUNK + seen.start, BLOCK);
             }
+            weights[seen].iter_mut().for_each(|weight| *weight = rounded(*weight));
         }
     }
 
@@ -301,15 +287,16 @@ impl Rows {
         }
     }
 
-    unsafe fn score_by_tiles(&mut self, strips: &Strips, tiles: &PairTiles) {
+    unsafe fn score_by_tiles(&mut self, strips: &Strips, tiles: &MixedTiles) {
         let packed = self.packed.rows;
         for first in (0..self.rows).step_by(SQUARE) {
             for strip in self.strips_of(first..self.rows.min(first + SQUARE)) {
                 let scores = self.weights[first..first + SQUARE].as_mut_ptr();
                 // SAFETY: there is room for whole squares of queries and scores; strips are the caller's word.
                 unsafe {
-                    tiles.score(
-                        self.packed.queries[first..].as_ptr().cast(),
+                    score_square(
+                        tiles,
+                        self.packed.queries[first * BLOCK..].as_ptr(),
                         packed,
                         strips.keys[strip],
                         strips.key_stride,
@@ -321,7 +308,7 @@ impl Rows {
         }
     }
 
-    unsafe fn weigh_by_tiles(&mut self, strips: &Strips, tiles: &PairTiles) {
+    unsafe fn weigh_by_tiles(&mut self, strips: &Strips, tiles: &MixedTiles) {
         let hd = self.head_dim;
         for first in (0..self.rows).step_by(LANES) {
             let rows = first..self.rows.min(first + LANES);
@@ -340,12 +327,12 @@ impl Rows {
                 continue;
             }
             for column in (0..hd).step_by(BLOCK) {
-                let weights = self.packed.weights[first..first + LANES].as_ptr().cast::<u16>();
+                let weights = self.packed.weights[first * CHUNK..(first + LANES) * CHUNK].as_ptr();
                 let out = self.out[first * hd..(first + LANES) * hd].as_mut_ptr();
                 // SAFETY: there is room for whole squares of weights and outputs; strips are the caller's word.
                 unsafe {
                     let weights = weights.add(whole.start * LANES);
-                    tiles.weigh(weights, &strips.values[whole.clone()], column, hd, out.add(column));
+                    weigh_strips(tiles, weights, &strips.values[whole.clone()], column, hd, out.add(column));
                 }
             }
             for row in rows {
@@ -356,102 +343,96 @@ impl Rows {
     }
 }
 
-/// Tiles of the shapes that attention takes: results in 0 to 3, a block of 16 rows' queries in 4 and of a strip's keys in
-/// 5, a strip of 16 rows' weights in 6 and of values in 7.
-struct PairTiles {
-    _configured: Tiles,
+/// Scores of 32 rows with the keys of a strip, to `out`, whose rows are a chunk apart. Blocks of queries are
+/// `query_rows` rows apart.
+///
+/// # Safety
+/// The pointers must be valid for `blocks` blocks of 32 rows of queries and of the strip, and for 32 rows of scores.
+#[inline]
+unsafe fn score_square(
+    _: &MixedTiles,
+    queries: *const u16,
+    query_rows: usize,
+    keys: *const u32,
+    key_stride: usize,
+    blocks: usize,
+    out: *mut f32,
+) {
+    // SAFETY: whoever has `MixedTiles` has configured them on this thread; the caller answers for the pointers. The
+    // compiler itself never uses tile registers.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "2:",
+            "tileloadd tmm3, [{keys} + {key_row}]",
+            "tileloadd tmm2, [{queries} + {line}]",
+            "tdpbf16ps tmm0, tmm2, tmm3",
+            "tileloadd tmm2, [{queries} + {line} + 1024]",
+            "tdpbf16ps tmm1, tmm2, tmm3",
+            "add {keys}, {key_block}",
+            "add {queries}, {query_block}",
+            "dec {blocks}",
+            "jnz 2b",
+            "tilestored [{upper} + {line} * 4], tmm0",
+            "tilestored [{lower} + {line} * 4], tmm1",
+            keys = inout(reg) keys => _,
+            key_row = in(reg) 4 * key_stride,
+            key_block = in(reg) 4 * key_stride * (BLOCK / 2),
+            queries = inout(reg) queries => _,
+            query_block = in(reg) 2 * query_rows * BLOCK,
+            line = in(reg) size_of::<[u16; BLOCK]>(),
+            blocks = inout(reg) blocks => _,
+            upper = in(reg) out,
+            lower = in(reg) out.wrapping_add(16 * CHUNK),
+            options(nostack),
+        );
+    }
 }
 
-impl PairTiles {
-    fn configure() -> Self {
-        let (whole, weights, values) = ((16, 64), (16, 32), (PAIRS as u8, 64));
-        Self { _configured: Tiles::of([whole, whole, whole, whole, whole, whole, weights, values]) }
-    }
-
-    /// Scores of 32 rows with the keys of a strip, to `out`, whose rows are a chunk apart. Blocks of queries are
-    /// `query_rows` rows apart.
-    ///
-    /// # Safety
-    /// The pointers must be valid for `blocks` blocks of 32 rows of queries and of the strip, and for 32 rows of scores.
-    #[inline]
-    unsafe fn score(
-        &self,
-        queries: *const u16,
-        query_rows: usize,
-        keys: *const u32,
-        key_stride: usize,
-        blocks: usize,
-        out: *mut f32,
-    ) {
-        // SAFETY: whoever has `PairTiles` has configured them on this thread; the caller answers for the pointers. The
-        // compiler itself never uses tile registers.
-        unsafe {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "2:",
-                "tileloadd tmm5, [{keys} + {key_row}]",
-                "tileloadd tmm4, [{queries} + {line}]",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                "tileloadd tmm4, [{queries} + {line} + 1024]",
-                "tdpbf16ps tmm1, tmm4, tmm5",
-                "add {keys}, {key_block}",
-                "add {queries}, {query_block}",
-                "dec {blocks}",
-                "jnz 2b",
-                "tilestored [{upper} + {line} * 4], tmm0",
-                "tilestored [{lower} + {line} * 4], tmm1",
-                keys = inout(reg) keys => _,
-                key_row = in(reg) 4 * key_stride,
-                key_block = in(reg) 4 * key_stride * (BLOCK / 2),
-                queries = inout(reg) queries => _,
-                query_block = in(reg) 2 * query_rows * BLOCK,
-                line = in(reg) size_of::<[u16; BLOCK]>(),
-                blocks = inout(reg) blocks => _,
-                upper = in(reg) out,
-                lower = in(reg) out.wrapping_add(16 * CHUNK),
-                options(nostack),
-            );
-        }
-    }
-
-    /// Adds to [`BLOCK`] columns of 16 rows of outputs, `width` apart, what their weights, a chunk apart, make of columns
-    /// `column..` of as many strips of values.
-    ///
-    /// # Safety
-    /// The pointers must be valid for 16 rows and for the strips.
-    #[inline]
-    unsafe fn weigh(&self, weights: *const u16, strips: &[*const u32], column: usize, width: usize, out: *mut f32) {
-        assert!(!strips.is_empty(), "a loop of none is a very long one");
-        // SAFETY: as above.
-        unsafe {
-            asm!(
-                "tileloadd tmm0, [{out} + {row}]",
-                "tileloadd tmm1, [{out} + {row} + 64]",
-                "2:",
-                "mov {values}, [{table}]",
-                "add {values}, {column}",
-                "tileloadd tmm6, [{weights} + {line} * 2]",
-                "tileloadd tmm7, [{values} + {row}]",
-                "tdpbf16ps tmm0, tmm6, tmm7",
-                "tileloadd tmm7, [{values} + {row} + 64]",
-                "tdpbf16ps tmm1, tmm6, tmm7",
-                "add {weights}, 32",
-                "add {table}, 8",
-                "dec {strips}",
-                "jnz 2b",
-                "tilestored [{out} + {row}], tmm0",
-                "tilestored [{out} + {row} + 64], tmm1",
-                out = in(reg) out,
-                row = in(reg) 4 * width,
-                values = out(reg) _,
-                table = inout(reg) strips.as_ptr() => _,
-                column = in(reg) 4 * column,
-                weights = inout(reg) weights => _,
-                line = in(reg) size_of::<[u16; BLOCK]>(),
-                strips = inout(reg) strips.len() => _,
-                options(nostack),
-            );
-        }
+/// Adds to [`BLOCK`] columns of 16 rows of outputs, `width` apart, what their weights, a chunk apart, make of columns
+/// `column..` of as many strips of values.
+///
+/// # Safety
+/// The pointers must be valid for 16 rows and for the strips.
+#[inline]
+unsafe fn weigh_strips(
+    _: &MixedTiles,
+    weights: *const u16,
+    strips: &[*const u32],
+    column: usize,
+    width: usize,
+    out: *mut f32,
+) {
+    assert!(!strips.is_empty(), "a loop of none is a very long one");
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "tileloadd tmm0, [{out} + {row}]",
+            "tileloadd tmm1, [{out} + {row} + 64]",
+            "2:",
+            "mov {values}, [{table}]",
+            "add {values}, {column}",
+            "tileloadd tmm4, [{weights} + {line} * 2]",
+            "tileloadd tmm6, [{values} + {row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm6, [{values} + {row} + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm6",
+            "add {weights}, 32",
+            "add {table}, 8",
+            "dec {strips}",
+            "jnz 2b",
+            "tilestored [{out} + {row}], tmm0",
+            "tilestored [{out} + {row} + 64], tmm1",
+            out = in(reg) out,
+            row = in(reg) 4 * width,
+            values = out(reg) _,
+            table = inout(reg) strips.as_ptr() => _,
+            column = in(reg) 4 * column,
+            weights = inout(reg) weights => _,
+            line = in(reg) size_of::<[u16; BLOCK]>(),
+            strips = inout(reg) strips.len() => _,
+            options(nostack),
+        );
     }
 }

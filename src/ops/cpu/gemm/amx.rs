@@ -87,7 +87,7 @@ impl Tiles {
     }
 
     /// Rows, and bytes of each, of every tile.
-    pub(in crate::ops::cpu) fn of(tiles: [(u8, u16); 8]) -> Self {
+    fn of(tiles: [(u8, u16); 8]) -> Self {
         assert!(usable(), "this machine has no tiles");
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (tile, (rows, bytes)) in tiles.into_iter().enumerate() {
@@ -199,16 +199,16 @@ impl Tiles {
     }
 }
 
-/// Tiles for products of 32 bytes each: four of 16 rows of 16 sums, two of 16 rows of 32 bytes, and two of 8 rows of four
-/// bytes of 16 columns.
-pub(in crate::ops::cpu) struct ByteTiles(Tiles);
+/// Tiles for products of 32 bytes each: four (0 to 3) of 16 rows of 64 bytes, two of 16 rows of 32 bytes, and two of 8 rows
+/// of 64 bytes.
+pub(in crate::ops::cpu) struct MixedTiles(Tiles);
 
-impl ByteTiles {
+impl MixedTiles {
     /// # Panics
     /// If tiles aren't [`usable`].
     pub(in crate::ops::cpu) fn configure() -> Self {
-        let (sums, rows, columns) = ((16, 64), (16, 32), (8, 64));
-        Self(Tiles::of([sums, sums, sums, sums, rows, rows, columns, columns]))
+        let (whole, narrow, flat) = ((16, 64), (16, 32), (8, 64));
+        Self(Tiles::of([whole, whole, whole, whole, narrow, narrow, flat, flat]))
     }
 }
 

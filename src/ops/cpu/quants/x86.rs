@@ -1,7 +1,7 @@
 //! Products of bytes: few rows by the dot products of AVX-512, more by tiles; and by AVX2 where there is neither.
 
 use super::{BLOCK, Format, GROUP, NR, Panel, Product, SUPER, Signed};
-use crate::ops::cpu::gemm::amx::ByteTiles;
+use crate::ops::cpu::gemm::amx::MixedTiles;
 use crate::ops::cpu::rows::ByteBlock;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -219,7 +219,7 @@ pub(super) unsafe fn multiply_tiles(panel: Panel<'_>, of: &Product) {
 /// As [`multiply_tiles`].
 #[target_feature(enable = "avx512f,avx512bw,f16c")]
 unsafe fn tiles<const OFFSETS: bool>(panel: Panel<'_>, of: &Product) {
-    let tiles = ByteTiles::configure();
+    let tiles = MixedTiles::configure();
     let blocks = panel.blocks().len();
     let mut room = [const { Room([0; BLOCK * NR]) }; BATCH];
     let mut products = [const { Products([[[0; LANES]; TILE]; BATCH]) }; 2];
@@ -277,7 +277,7 @@ impl Batch<'_> {
     #[target_feature(enable = "avx512f,avx512bw,f16c")]
     unsafe fn multiply<const N: usize, const OFFSETS: bool>(
         &self,
-        tiles: &ByteTiles,
+        tiles: &MixedTiles,
         group: usize,
         products: &mut [Products; 2],
         sums: &mut [Sums; 2],
@@ -333,7 +333,7 @@ impl Batch<'_> {
     /// As [`Self::multiply`]; there must be room for the products.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    unsafe fn multiply_tile(&self, _: &ByteTiles, i: usize, group: usize, half: usize, to: *mut [[i32; LANES]; TILE]) {
+    unsafe fn multiply_tile(&self, _: &MixedTiles, i: usize, group: usize, half: usize, to: *mut [[i32; LANES]; TILE]) {
         let x = self.x.wrapping_add(i * self.x_block + group * TILE);
         let codes = self.codes[i].wrapping_add(half * HALF);
         if group == 0 {
@@ -347,7 +347,7 @@ impl Batch<'_> {
         /// One tile's sums need not wait for another's.
         macro_rules! multiply {
             ($sums:literal, $rows:literal, $columns:literal) => {
-                // SAFETY: whoever has `ByteTiles` has configured tiles of these sizes on this thread; the caller answers for
+                // SAFETY: whoever has `MixedTiles` has configured tiles of these sizes on this thread; the caller answers for
                 // `x`; of a block's codes every second 64 bytes are half of the columns. The compiler itself never uses tile
                 // registers.
                 unsafe {
