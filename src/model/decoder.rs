@@ -91,8 +91,12 @@ impl CausalLm {
                 ops::add(&x, &self.attend(i, &layer.attention, &normed, step.layout, (kv, entropy_t))?)
             })?;
             let reads_out = asked.lens && matches!(layer.ffn, Ffn::Moe(_));
-            let lens_entropy_t = if reads_out { self.read_out(&x)? } else { Vec::new() };
-            let normed = layer.ffn_norm.forward(&x)?;
+            let (normed, lens_entropy_t) = if reads_out {
+                let (normed, scale_t) = layer.ffn_norm.forward_telling(&x)?;
+                (normed, self.read_out(&x, scale_t)?)
+            } else {
+                (layer.ffn_norm.forward(&x)?, Vec::new())
+            };
             let out = match &layer.ffn {
                 Ffn::Dense(net) => timed(Part::Dense, i, || net.forward(&normed))?,
                 Ffn::Moe(moe) => moe.forward(&normed, &TokenSignals { attention_entropy_t, lens_entropy_t }, routes)?,
@@ -117,7 +121,7 @@ impl CausalLm {
 
     /// How undecided the residual stream `x [T, D]` is about some tokens of the vocabulary, as if no layer followed: see
     /// [`ReadOut::entropies`].
-    fn read_out(&self, x: &Tensor) -> Result<Vec<f32>> {
+    fn read_out(&self, x: &Tensor, scale_t: Option<Vec<f32>>) -> Result<Vec<f32>> {
         if self.lens.get().is_none() {
             let vocab = self.shape.vocab;
             let count = LENS_TOKENS.len().min(vocab);
@@ -126,7 +130,7 @@ impl CausalLm {
             // Who was faster made the same.
             let _ = self.lens.set(ReadOut::new(&self.lm_head.rows(&rows)?, &self.norm, &self.backend)?);
         }
-        self.lens.get().map_or(Ok(Vec::new()), |lens| lens.entropies(x))
+        self.lens.get().map_or(Ok(Vec::new()), |lens| lens.entropies(x, scale_t))
     }
 
     /// Attention over the cache; tells its entropy where that is asked for.

@@ -74,9 +74,9 @@ pub fn softmax_entropy(z: &[f32]) -> f32 {
     cpu::softmax_entropy(z)
 }
 
-/// The same for every row of `z [T, M]`, whose `width` is M.
-pub fn softmax_entropies(z: &[f32], width: usize) -> Vec<f32> {
-    cpu::softmax_entropies(z, width)
+/// The same for every row of `z [T, M]`, after it is multiplied with its number of `scale_t [T]`.
+pub fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
+    cpu::softmax_entropies(z, scale_t)
 }
 
 /// Rows `rows` of `x`, `[T, D] → [rows, D]`.

@@ -1,23 +1,19 @@
 //! The early read-out of a logit lens: the final norm and some rows of the LM head, for every layer's residual stream.
 
-use super::{Backend, HostTensor, Linear, Norm, cpu, softmax_entropies, to_host};
+use super::{Backend, HostTensor, Linear, Norm, on_host, softmax_entropies, to_host};
 use candle_core::{Result, Tensor};
 
 /// The softmax of `norm(x)·Wᵀ` for some rows W of the LM head.
 ///
 /// An RMS norm divides every row by one number and weighs its columns: with weights multiplied into W, what is left of it
-/// is a factor per row of results. On the CPU that saves a pass over `x`, which counts where layers are small.
+/// is a factor per row of results, which the layer's own norm has found already. That counts where layers are small.
 #[derive(Debug)]
 pub struct ReadOut {
-    form: Form,
+    w: Linear,
+    /// Where it is not in `w`.
+    norm: Option<Norm>,
     /// M.
     outputs: usize,
-}
-
-#[derive(Debug)]
-enum Form {
-    Folded { w: cpu::PackedMatrix, eps: f32 },
-    Normed { w: Linear, norm: Norm },
 }
 
 impl ReadOut {
@@ -25,32 +21,29 @@ impl ReadOut {
     pub fn new(rows: &Tensor, norm: &Norm, backend: &Backend) -> Result<Self> {
         let (outputs, width) = rows.dims2()?;
         let mut w = to_host(rows)?;
-        let Some((weight, eps)) = norm.as_rms_on_cpu() else {
-            let w = Linear::new(&HostTensor::from_f32(&[outputs, width], &w), None, backend)?;
-            return Ok(Self { form: Form::Normed { w, norm: norm.clone() }, outputs });
-        };
-        w.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(weight).for_each(|(w, by)| *w *= by));
-        let w = cpu::PackedMatrix::pack(&HostTensor::from_f32(&[outputs, width], &w), &backend.dense_packing());
-        Ok(Self { form: Form::Folded { w, eps }, outputs })
+        let weight = norm.as_rms_on_cpu();
+        if let Some(weight) = weight {
+            w.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(weight).for_each(|(w, by)| *w *= by));
+        }
+        let w = Linear::new(&HostTensor::from_f32(&[outputs, width], &w), None, backend)?;
+        Ok(Self { w, norm: weight.is_none().then(|| norm.clone()), outputs })
     }
 
-    /// Entropies for `x [T, D]`, each by that of M equal probabilities: `[T]`, on the host.
+    /// Entropies for `x [T, D]`, each by that of M equal probabilities: `[T]`, on the host. `scale_t` is what a norm of the
+    /// same kind and epsilon as this one told of `x`: see [`Norm::forward_telling`].
     ///
     /// # Errors
-    /// A failure of the device.
-    pub fn entropies(&self, x: &Tensor) -> Result<Vec<f32>> {
-        let mut entropies = softmax_entropies(&self.logits(x)?, self.outputs);
+    /// A failure of the device; a `scale_t` that is not there for an RMS norm on the CPU.
+    pub fn entropies(&self, x: &Tensor, scale_t: Option<Vec<f32>>) -> Result<Vec<f32>> {
+        let (logits, scale_t) = match (&self.norm, scale_t) {
+            (Some(norm), _) => (self.w.forward(&norm.forward(x)?)?, vec![1.0; x.dim(0)?]),
+            (None, Some(scale_t)) => (self.w.forward(x)?, scale_t),
+            (None, None) => candle_core::bail!("a read-out by an RMS norm needs what the layer's own multiplies with"),
+        };
+        let mut entropies = on_host(&logits, |logits| softmax_entropies(logits, &scale_t))?;
         let most = (self.outputs.max(2) as f32).ln();
         entropies.iter_mut().for_each(|entropy| *entropy /= most);
         Ok(entropies)
-    }
-
-    /// `x [T, D]` to logits on the host, `[T, M]`.
-    fn logits(&self, x: &Tensor) -> Result<Vec<f32>> {
-        match &self.form {
-            Form::Folded { w, eps } => cpu::normed_linear(x, w, *eps),
-            Form::Normed { w, norm } => to_host(&w.forward(&norm.forward(x)?)?),
-        }
     }
 }
 
@@ -70,18 +63,24 @@ mod tests {
         let w = numbers(4, count * width);
         let backend = Backend::cpu(DType::F32);
         let host = |values: &[f32]| HostTensor::from_f32(&[width], values);
-        let rms = Norm::rms(&host(&weight), 1e-5, &backend).unwrap();
-        let layer = Norm::layer(&host(&weight), &host(&bias), 1e-5, &backend).unwrap();
+        let rms = |weight: &[f32]| Norm::rms(&host(weight), 1e-5, &backend).unwrap();
+        let layer = |weight: &[f32]| Norm::layer(&host(weight), &host(&bias), 1e-5, &backend).unwrap();
         let tensor = |values: &[f32], rows| Tensor::from_slice(values, (rows, width), &Device::Cpu).unwrap();
-        for (norm, normed) in
-            [(rms, reference::rms_norm(&x, &weight, 1e-5)), (layer, reference::layer_norm(&x, &weight, &bias, 1e-5))]
-        {
+        // Beside a layer's norm, whose weights are others.
+        let cases = [
+            (rms(&weight), rms(&bias), reference::rms_norm(&x, &weight, 1e-5)),
+            (layer(&weight), layer(&bias), reference::layer_norm(&x, &weight, &bias, 1e-5)),
+        ];
+        for (norm, beside, normed) in cases {
             let read_out = ReadOut::new(&tensor(&w, count), &norm, &backend).unwrap();
-            let logits = read_out.logits(&tensor(&x, tokens)).unwrap();
-            assert_close(&logits, &reference::linear(&normed, &w, width, count), 1e-5);
-            let shares: Vec<f32> =
-                logits.chunks_exact(count).map(|z| softmax_entropy(z) / (count as f32).ln()).collect();
-            assert_close(&read_out.entropies(&tensor(&x, tokens)).unwrap(), &shares, 1e-5);
+            let x = tensor(&x, tokens);
+            let (y, scale_t) = beside.forward_telling(&x).unwrap();
+            assert_eq!(to_host(&y).unwrap(), to_host(&beside.forward(&x).unwrap()).unwrap());
+            let logits = reference::linear(&normed, &w, width, count);
+            let shares = logits.chunks_exact(count).map(|z| softmax_entropy(z) / (count as f32).ln());
+            assert_close(&read_out.entropies(&x, scale_t).unwrap(), &shares.collect::<Vec<_>>(), 1e-5);
         }
+        let read_out = ReadOut::new(&tensor(&w, count), &rms(&weight), &backend).unwrap();
+        assert!(read_out.entropies(&tensor(&x, tokens), None).is_err());
     }
 }

@@ -28,50 +28,53 @@ fn entropy_of_body(z: &[f32], entropy: &mut f32) {
 }
 
 /// See [`crate::ops::softmax_entropies`].
-pub(crate) fn softmax_entropies(z: &[f32], width: usize) -> Vec<f32> {
+pub(crate) fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
     const ROWS: usize = 64;
-    let rows = z.len() / width.max(1);
+    let rows = scale_t.len();
+    let width = z.len() / rows.max(1);
+    assert_eq!(z.len(), rows * width, "rows of one width");
     let mut entropies = vec![0.0; rows];
     let out = SharedOut::new(&mut entropies);
     for_each(rows.div_ceil(ROWS), z.len() * FLOPS_PER_EXP, |item| {
         let rows = item * ROWS..rows.min((item + 1) * ROWS);
         // SAFETY: items write disjoint rows.
         let out = unsafe { std::slice::from_raw_parts_mut(out.from(rows.start), rows.len()) };
-        entropies_of(&z[rows.start * width..rows.end * width], width, out);
+        entropies_of(&z[rows.start * width..rows.end * width], &scale_t[rows], out);
     });
     entropies
 }
 
-multiversion!(fn entropies_of(z: &[f32], width: usize, entropies: &mut [f32]) = entropies_of_body);
+multiversion!(fn entropies_of(z: &[f32], scale_t: &[f32], entropies: &mut [f32]) = entropies_of_body);
 
 #[inline(always)]
-fn entropies_of_body(z: &[f32], width: usize, entropies: &mut [f32]) {
-    let whole = entropies.len() / LANES * LANES;
-    let fours = entropies.len() / 4 * 4;
-    side_by_side::<LANES>(&z[..whole * width], width, &mut entropies[..whole]);
-    side_by_side::<4>(&z[whole * width..fours * width], width, &mut entropies[whole..fours]);
-    side_by_side::<1>(&z[fours * width..], width, &mut entropies[fours..]);
+fn entropies_of_body(z: &[f32], scale_t: &[f32], entropies: &mut [f32]) {
+    let width = z.len() / scale_t.len().max(1);
+    let mut first = 0;
+    first += side_by_side::<LANES>(z, width, scale_t, entropies);
+    first += side_by_side::<4>(&z[first * width..], width, &scale_t[first..], &mut entropies[first..]);
+    side_by_side::<1>(&z[first * width..], width, &scale_t[first..], &mut entropies[first..]);
 }
 
-/// `N` rows at a time, so that nothing is summed across lanes: bits are the same whatever N is.
+/// `N` rows at a time, so that nothing is summed across lanes: bits are the same whatever N is. Returns how many it did.
 #[inline(always)]
-fn side_by_side<const N: usize>(z: &[f32], width: usize, entropies: &mut [f32]) {
-    if entropies.len() < N {
-        return;
+fn side_by_side<const N: usize>(z: &[f32], width: usize, scale_t: &[f32], entropies: &mut [f32]) -> usize {
+    let (scales, _) = scale_t.as_chunks::<N>();
+    if scales.is_empty() {
+        return 0;
     }
     // What stands in a column, and its exponentials.
     let mut columns = vec![[[0.0; N]; 2]; width];
-    for (z, entropies) in z.chunks_exact(N * width).zip(entropies.as_chunks_mut::<N>().0) {
+    let entropies = entropies.as_chunks_mut::<N>().0;
+    for ((z, scales), entropies) in z.chunks_exact(N * width).zip(scales).zip(entropies) {
         let rows: [&[f32]; N] = std::array::from_fn(|lane| &z[lane * width..][..width]);
+        let mut max = [f32::NEG_INFINITY; N];
         for (i, [column, _]) in columns.iter_mut().enumerate() {
             for lane in 0..N {
                 column[lane] = rows[lane][i];
             }
-        }
-        let mut max = [f32::NEG_INFINITY; N];
-        for [column, _] in &columns {
-            for i in 0..N {
-                max[i] = math::larger(max[i], column[i]);
+            for lane in 0..N {
+                column[lane] *= scales[lane];
+                max[lane] = math::larger(max[lane], column[lane]);
             }
         }
         // Apart from the sums, so that these are vectors where there is one row.
@@ -92,6 +95,7 @@ fn side_by_side<const N: usize>(z: &[f32], width: usize, entropies: &mut [f32]) 
             entropies[i] = sum[i].ln() - weighted[i] / sum[i];
         }
     }
+    scales.len() * N
 }
 
 #[cfg(test)]
@@ -103,16 +107,20 @@ mod tests {
     fn entropies_of_rows_are_those_of_each_alone_and_bits_hang_on_no_other_row() {
         for width in [1, 2, 7, 16, 32, 50] {
             let z: Vec<f32> = numbers(7, 200 * width).iter().map(|z| 8.0 * z).collect();
-            let together = softmax_entropies(&z, width);
-            let alone: Vec<f32> = z.chunks_exact(width).map(softmax_entropy).collect();
-            assert_close(&together, &alone, 1e-5);
+            let scale_t: Vec<f32> = (0..200).map(|t| 0.5 + t as f32 / 200.0).collect();
+            let together = softmax_entropies(&z, &scale_t);
+            let alone = z.chunks_exact(width).zip(&scale_t).map(|(z, scale)| {
+                let scaled: Vec<f32> = z.iter().map(|z| z * scale).collect();
+                softmax_entropy(&scaled)
+            });
+            assert_close(&together, &alone.collect::<Vec<_>>(), 1e-5);
             for rows in [0..1, 3..20, 150..200] {
-                let some = softmax_entropies(&z[rows.start * width..rows.end * width], width);
+                let some = softmax_entropies(&z[rows.start * width..rows.end * width], &scale_t[rows.clone()]);
                 assert!(some.iter().zip(&together[rows]).all(|(a, b)| a.to_bits() == b.to_bits()));
             }
         }
-        assert_close(&softmax_entropies(&[3.0; 8], 4), &[4.0f32.ln(); 2], 1e-6);
-        assert!(softmax_entropies(&[1.0, f32::NAN, 1.0, 2.0], 2)[0].is_nan());
-        assert!(softmax_entropies(&[], 4).is_empty());
+        assert_close(&softmax_entropies(&[3.0; 8], &[1.0; 2]), &[4.0f32.ln(); 2], 1e-6);
+        assert!(softmax_entropies(&[1.0, f32::NAN, 1.0, 2.0], &[1.0; 2])[0].is_nan());
+        assert!(softmax_entropies(&[], &[]).is_empty());
     }
 }

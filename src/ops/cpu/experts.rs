@@ -7,7 +7,7 @@ use super::kernel::{counted_rows, matmul, multiply};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{Form, RowBuffer, Rows};
-use super::{SharedOut, for_each, in_form_of, with_f32};
+use super::{ITEMS_PER_THREAD, SharedOut, for_each, in_form_of, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
 use crate::types::Activation;
@@ -271,9 +271,6 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     });
     Tensor::from_vec(sums, (tokens, d), &Device::Cpu)
 }
-
-/// Work items for each thread, where there are enough columns.
-const ITEMS_PER_THREAD: usize = 8;
 
 /// Panels cut into work items.
 #[derive(Clone, Copy)]

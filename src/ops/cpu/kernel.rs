@@ -13,28 +13,38 @@ pub(super) mod avx512;
 mod plain;
 
 use super::elementwise::written;
-use super::for_each;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
 use super::quants::Product;
 use super::rows::{Form, Rows};
+use super::{ITEMS_PER_THREAD, for_each};
 use std::ops::Range;
 
 /// Panels one work item takes.
 const PANELS_PER_ITEM: usize = 4;
 
+/// Rows at least that a work item takes where panels alone are too few: whole blocks of the kernels.
+const ROWS_PER_ITEM_MIN: usize = 48;
+
 /// `y [M, O] = x [M, I] · wᵀ`.
 pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
     let (rows, outputs) = (x.len(), w.outputs());
     let panels = outputs.div_ceil(NR);
+    let groups = panels.div_ceil(PANELS_PER_ITEM);
+    // Few outputs, a gate's, are cut by rows too.
+    let parts = (ITEMS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));
+    let each = rows.div_ceil(parts).max(1).next_multiple_of(ROWS_PER_ITEM_MIN);
+    let parts = rows.div_ceil(each);
     let flops = 2 * counted_rows(rows, Form::of(w)) * outputs * w.inputs();
-    // SAFETY: items write disjoint columns of every row, and together all.
+    // SAFETY: items write disjoint columns of some rows, and together all.
     unsafe {
         written(rows * outputs, |out| {
-            for_each(panels.div_ceil(PANELS_PER_ITEM), flops, |item| {
-                let first = item * PANELS_PER_ITEM;
+            for_each(groups * parts, flops, |item| {
+                let first = item / parts * PANELS_PER_ITEM;
                 let last = panels.min(first + PANELS_PER_ITEM);
-                multiply(x, w, first..last, out.from(first * NR), outputs, None);
+                let row = item % parts * each;
+                let x = x.slice(row..rows.min(row + each));
+                multiply(x, w, first..last, out.from(row * outputs + first * NR), outputs, None);
             });
         })
     }

@@ -55,33 +55,6 @@ pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Res
     Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
 }
 
-/// `x [T, I] → [T, O]`, every row by the root mean square of `x`: what [`linear`] makes of [`rms_norm`]'s rows, where `w` has
-/// the norm's weight in it.
-pub(super) fn normed_linear(x: &Tensor, w: &PackedMatrix, eps: f32) -> Result<Vec<f32>> {
-    let ((tokens, inputs), outputs) = (x.dims2()?, w.outputs());
-    if inputs != w.inputs() {
-        candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
-    }
-    let product = 2 * kernel::counted_rows(tokens, Form::of(w)) * inputs * outputs;
-    let flops = product + tokens * inputs * rows::FLOPS_PER_COPY;
-    // Rows by rows rather than panels by panels: of few outputs the product is but a part of what is to be done for a row.
-    const ROWS: usize = 64;
-    let by_rows = |x: &[f32], out: SharedOut| {
-        for_each(tokens.div_ceil(ROWS), flops, |item| {
-            let first = item * ROWS;
-            let x = &x[first * inputs..(first + ROWS).min(tokens) * inputs];
-            // SAFETY: items write disjoint rows, and all columns of theirs before they read them.
-            unsafe {
-                let y = out.from(first * outputs);
-                in_form_of(w, x, |x| kernel::multiply(x, w, 0..outputs.div_ceil(pack::NR), y, outputs, None));
-                norm::divide_rows(std::slice::from_raw_parts_mut(y, x.len() / inputs * outputs), outputs, x, eps);
-            }
-        });
-    };
-    // SAFETY: items write all rows.
-    with_f32(x, |x| unsafe { elementwise::written(tokens * outputs, |out| by_rows(x, out)) })
-}
-
 /// Lends rows `x` in the form that products with `w` read.
 fn in_form_of<R>(w: &PackedMatrix, x: &[f32], f: impl FnOnce(Rows<'_>) -> R) -> R {
     match Form::of(w) {
@@ -105,6 +78,9 @@ pub(super) fn embed(ids: &[u32], w: &PackedMatrix) -> Result<Tensor> {
 
 /// Below this many FLOPs a parallel region costs more than it saves.
 const PARALLEL_FLOPS_MIN: usize = 1 << 18;
+
+/// Work items for each thread, where there is enough to do.
+const ITEMS_PER_THREAD: usize = 8;
 
 /// Runs `f` for every item of `0..items`, on all threads when `flops` in all are worth it.
 fn for_each(items: usize, flops: usize, f: impl Fn(usize) + Sync + Send) {

@@ -1,13 +1,22 @@
 //! Norms and rotary embedding.
 
+use super::SharedOut;
 use super::elementwise::changed;
 use super::isa::multiversion;
 use super::math;
 use candle_core::{Result, Tensor};
 
-/// `x [T, n·W]`, every W elements by their root mean square, times `weight [W]`.
-pub(crate) fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
-    changed(x, weight.len(), |_, rows| rms_norm_rows(rows, weight, eps))
+/// `x [T, n·W]`, every W elements by their root mean square, times `weight [W]`. `scales [T·n]` are given what the elements
+/// are multiplied with before `weight`.
+pub(crate) fn rms_norm(x: &Tensor, weight: &[f32], eps: f32, scales: Option<&mut [f32]>) -> Result<Tensor> {
+    assert!(scales.as_ref().is_none_or(|scales| scales.len() * weight.len() == x.elem_count()));
+    let out = scales.map(SharedOut::new);
+    changed(x, weight.len(), |first, rows| {
+        let count = rows.len() / weight.len();
+        // SAFETY: items have disjoint rows, of which each has a scale.
+        let scales = out.map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(first), count) });
+        rms_norm_rows(rows, weight, eps, scales);
+    })
 }
 
 /// `x [T, n·W]`, every W elements less their mean and by their standard deviation, times `weight [W]` plus `bias [W]`.
@@ -47,35 +56,21 @@ pub(super) fn rms_scale(x: &[f32], eps: f32) -> f32 {
     1.0 / (mean_square(x) + eps).sqrt()
 }
 
-/// Rows of `y`, `width` each, by the root mean squares of as many rows of `x`.
-pub(super) fn divide_rows(y: &mut [f32], width: usize, x: &[f32], eps: f32) {
-    let x_width = x.len() * width / y.len().max(1);
-    divide_rows_by(y, width, x, x_width, eps);
-}
-
-multiversion!(fn divide_rows_by(
-    y: &mut [f32],
-    width: usize,
-    x: &[f32],
-    x_width: usize,
+multiversion!(fn rms_norm_rows(
+    x: &mut [f32],
+    weight: &[f32],
     eps: f32,
-) = divide_rows_by_body);
+    scales: Option<&mut [f32]>,
+) = rms_norm_body);
 
 #[inline(always)]
-fn divide_rows_by_body(y: &mut [f32], width: usize, x: &[f32], x_width: usize, eps: f32) {
-    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(x_width)) {
-        let scale = rms_scale(x, eps);
-        y.iter_mut().for_each(|y| *y *= scale);
-    }
-}
-
-multiversion!(fn rms_norm_rows(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_body);
-
-#[inline(always)]
-fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32) {
-    for row in x.chunks_exact_mut(weight.len()) {
+fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32, mut scales: Option<&mut [f32]>) {
+    for (i, row) in x.chunks_exact_mut(weight.len()).enumerate() {
         let scale = rms_scale(row, eps);
         row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
+        if let Some(scales) = &mut scales {
+            scales[i] = scale;
+        }
     }
 }
 
