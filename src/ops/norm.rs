@@ -51,7 +51,7 @@ impl Norm {
     /// `x [T, n·W] → [T, n·W]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.parameters {
-            Parameters::Cpu { weight, bias: None } => cpu::rms_norm(x, weight, self.eps, None),
+            Parameters::Cpu { weight, bias: None } => cpu::rms_norm(x, weight, self.eps),
             Parameters::Cpu { weight, bias: Some(bias) } => cpu::layer_norm(x, weight, bias, self.eps),
             #[cfg(feature = "cuda")]
             Parameters::Cuda { weight, bias: None } => super::cuda::rms_norm(x, weight, self.eps),
@@ -64,8 +64,7 @@ impl Norm {
     /// the CPU: another one of the same epsilon multiplies with the same.
     pub fn forward_telling(&self, x: &Tensor) -> Result<(Tensor, Option<Vec<f32>>)> {
         let Some(weight) = self.as_rms_on_cpu() else { return Ok((self.forward(x)?, None)) };
-        let mut scale_t = vec![0.0; x.dim(0)?];
-        let y = cpu::rms_norm(x, weight, self.eps, Some(&mut scale_t))?;
+        let (y, scale_t) = cpu::rms_norm_telling(x, weight, self.eps)?;
         Ok((y, Some(scale_t)))
     }
 

@@ -26,7 +26,7 @@ pub(super) use entropy::{softmax_entropies, softmax_entropy};
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
 pub use machine::Machine;
-pub(super) use norm::{layer_norm, rms_norm, root_mean_square, rotate};
+pub(super) use norm::{layer_norm, rms_norm, rms_norm_telling, root_mean_square, rotate};
 pub(super) use pack::{PackedMatrix, Packing};
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};

@@ -6,17 +6,21 @@ use super::isa::multiversion;
 use super::math;
 use candle_core::{Result, Tensor};
 
-/// `x [T, n·W]`, every W elements by their root mean square, times `weight [W]`. `scales [T·n]` are given what the elements
-/// are multiplied with before `weight`.
-pub(crate) fn rms_norm(x: &Tensor, weight: &[f32], eps: f32, scales: Option<&mut [f32]>) -> Result<Tensor> {
-    assert!(scales.as_ref().is_none_or(|scales| scales.len() * weight.len() == x.elem_count()));
-    let out = scales.map(SharedOut::new);
-    changed(x, weight.len(), |first, rows| {
-        let count = rows.len() / weight.len();
+/// `x [T, n·W]`, every W elements by their root mean square, times `weight [W]`.
+pub(crate) fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
+    changed(x, weight.len(), |_, rows| rms_norm_rows(rows, weight, eps))
+}
+
+/// [`rms_norm`] of `x [T, W]`, and what it multiplies every row with before `weight`, `[T]`.
+pub(crate) fn rms_norm_telling(x: &Tensor, weight: &[f32], eps: f32) -> Result<(Tensor, Vec<f32>)> {
+    let mut scale_t = vec![0.0; x.elem_count() / weight.len().max(1)];
+    let out = SharedOut::new(&mut scale_t);
+    let y = changed(x, weight.len(), |first, rows| {
         // SAFETY: items have disjoint rows, of which each has a scale.
-        let scales = out.map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(first), count) });
-        rms_norm_rows(rows, weight, eps, scales);
-    })
+        let scales = unsafe { std::slice::from_raw_parts_mut(out.from(first), rows.len() / weight.len()) };
+        rms_norm_rows_telling(rows, weight, eps, scales);
+    })?;
+    Ok((y, scale_t))
 }
 
 /// `x [T, n·W]`, every W elements less their mean and by their standard deviation, times `weight [W]` plus `bias [W]`.
@@ -56,22 +60,35 @@ pub(super) fn rms_scale(x: &[f32], eps: f32) -> f32 {
     1.0 / (mean_square(x) + eps).sqrt()
 }
 
-multiversion!(fn rms_norm_rows(
+multiversion!(fn rms_norm_rows(x: &mut [f32], weight: &[f32], eps: f32) = rms_norm_body);
+
+#[inline(always)]
+fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32) {
+    for row in x.chunks_exact_mut(weight.len()) {
+        rms_norm_row(row, weight, eps);
+    }
+}
+
+multiversion!(fn rms_norm_rows_telling(
     x: &mut [f32],
     weight: &[f32],
     eps: f32,
-    scales: Option<&mut [f32]>,
-) = rms_norm_body);
+    scales: &mut [f32],
+) = rms_norm_telling_body);
 
 #[inline(always)]
-fn rms_norm_body(x: &mut [f32], weight: &[f32], eps: f32, mut scales: Option<&mut [f32]>) {
-    for (i, row) in x.chunks_exact_mut(weight.len()).enumerate() {
-        let scale = rms_scale(row, eps);
-        row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
-        if let Some(scales) = &mut scales {
-            scales[i] = scale;
-        }
+fn rms_norm_telling_body(x: &mut [f32], weight: &[f32], eps: f32, scales: &mut [f32]) {
+    for (row, scale) in x.chunks_exact_mut(weight.len()).zip(scales) {
+        *scale = rms_norm_row(row, weight, eps);
     }
+}
+
+/// Returns what it multiplies with before `weight`.
+#[inline(always)]
+fn rms_norm_row(row: &mut [f32], weight: &[f32], eps: f32) -> f32 {
+    let scale = rms_scale(row, eps);
+    row.iter_mut().zip(weight).for_each(|(v, w)| *v = *v * scale * w);
+    scale
 }
 
 multiversion!(fn layer_norm_rows(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) = layer_norm_body);

@@ -181,7 +181,7 @@ pub(super) struct RowBuffer {
 }
 
 thread_local! {
-    /// Buffers to be used again.
+    /// Buffers to be used again, the last used last.
     static STORE: RefCell<Vec<Aligned<u32>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -200,7 +200,7 @@ impl RowBuffer {
             }
         };
         let stored = STORE.with_borrow_mut(|store| {
-            let fits = store.iter().position(|stored| stored.len() >= words);
+            let fits = store.iter().rposition(|stored| stored.len() >= words);
             fits.map(|at| store.swap_remove(at))
         });
         let mut words = stored.unwrap_or_else(|| Aligned::zeroed(words));

@@ -23,10 +23,10 @@ const STREAMS: usize = 2;
 
 /// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones: they stay in the first cache
 /// meanwhile, and so do these blocks of the rows and the results. With few squares memory is what limits, and what comes
-/// from there is slowed by whatever else the first cache misses; with many, or where panels are short, it is the results
-/// that are put aside between.
-fn depth(squares: usize, blocks: usize) -> usize {
-    if squares <= 3 && blocks > 8 { 2 } else { 8 }
+/// from there is slowed by whatever else the first cache misses; with many, or a single panel, it is the results that are put
+/// aside between.
+fn depth(squares: usize, panels: usize) -> usize {
+    if squares <= 3 && panels > 1 { 2 } else { 8 }
 }
 
 /// Blocks ahead of what is multiplied that are fetched.
@@ -84,7 +84,7 @@ unsafe fn multiply_panels(
 ) {
     let blocks = tile.panel_len / WORDS;
     let squares = rows.div_ceil(SQUARE);
-    let depth_max = depth(squares, blocks);
+    let depth_max = depth(squares, panels);
     for first in (0..blocks).step_by(depth_max) {
         let depth = depth_max.min(blocks - first);
         let ahead = first + AHEAD;
