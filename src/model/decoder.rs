@@ -93,7 +93,7 @@ impl CausalLm {
             let reads_out = asked.lens && matches!(layer.ffn, Ffn::Moe(_));
             let (normed, lens_entropy_t) = if reads_out {
                 let (normed, scale_t) = layer.ffn_norm.forward_telling(&x)?;
-                (normed, self.read_out(&x, scale_t)?)
+                (normed, self.read_out(&x, scale_t.as_deref())?)
             } else {
                 (layer.ffn_norm.forward(&x)?, Vec::new())
             };
@@ -121,7 +121,7 @@ impl CausalLm {
 
     /// How undecided the residual stream `x [T, D]` is about some tokens of the vocabulary, as if no layer followed: see
     /// [`ReadOut::entropies`].
-    fn read_out(&self, x: &Tensor, scale_t: Option<Vec<f32>>) -> Result<Vec<f32>> {
+    fn read_out(&self, x: &Tensor, scale_t: Option<&[f32]>) -> Result<Vec<f32>> {
         if self.lens.get().is_none() {
             let vocab = self.shape.vocab;
             let count = LENS_TOKENS.len().min(vocab);

@@ -1,6 +1,6 @@
 //! The early read-out of a logit lens: the final norm and some rows of the LM head, for every layer's residual stream.
 
-use super::{Backend, HostTensor, Linear, Norm, on_host, softmax_entropies, to_host};
+use super::{Backend, HostTensor, Linear, Norm, cpu, on_host, softmax_entropies, to_host};
 use candle_core::{Result, Tensor};
 
 /// The softmax of `norm(x)·Wᵀ` for some rows W of the LM head.
@@ -9,11 +9,15 @@ use candle_core::{Result, Tensor};
 /// is a factor per row of results, which the layer's own norm has found already. That counts where layers are small.
 #[derive(Debug)]
 pub struct ReadOut {
-    w: Linear,
-    /// Where it is not in `w`.
-    norm: Option<Norm>,
+    form: Form,
     /// M.
     outputs: usize,
+}
+
+#[derive(Debug)]
+enum Form {
+    Folded(cpu::PackedMatrix),
+    Normed(Linear, Norm),
 }
 
 impl ReadOut {
@@ -21,12 +25,14 @@ impl ReadOut {
     pub fn new(rows: &Tensor, norm: &Norm, backend: &Backend) -> Result<Self> {
         let (outputs, width) = rows.dims2()?;
         let mut w = to_host(rows)?;
-        let weight = norm.as_rms_on_cpu();
-        if let Some(weight) = weight {
+        let form = if let Some(weight) = norm.as_rms_on_cpu() {
             w.chunks_exact_mut(width).for_each(|row| row.iter_mut().zip(weight).for_each(|(w, by)| *w *= by));
-        }
-        let w = Linear::new(&HostTensor::from_f32(&[outputs, width], &w), None, backend)?;
-        Ok(Self { w, norm: weight.is_none().then(|| norm.clone()), outputs })
+            let w = HostTensor::from_f32(&[outputs, width], &w);
+            Form::Folded(cpu::PackedMatrix::pack(&w, &backend.dense_packing()))
+        } else {
+            Form::Normed(Linear::new(&HostTensor::from_f32(&[outputs, width], &w), None, backend)?, norm.clone())
+        };
+        Ok(Self { form, outputs })
     }
 
     /// Entropies for `x [T, D]`, each by that of M equal probabilities: `[T]`, on the host. `scale_t` is what a norm of the
@@ -34,13 +40,16 @@ impl ReadOut {
     ///
     /// # Errors
     /// A failure of the device; a `scale_t` that is not there for an RMS norm on the CPU.
-    pub fn entropies(&self, x: &Tensor, scale_t: Option<Vec<f32>>) -> Result<Vec<f32>> {
-        let (logits, scale_t) = match (&self.norm, scale_t) {
-            (Some(norm), _) => (self.w.forward(&norm.forward(x)?)?, vec![1.0; x.dim(0)?]),
-            (None, Some(scale_t)) => (self.w.forward(x)?, scale_t),
-            (None, None) => candle_core::bail!("a read-out by an RMS norm needs what the layer's own multiplies with"),
+    pub fn entropies(&self, x: &Tensor, scale_t: Option<&[f32]>) -> Result<Vec<f32>> {
+        let mut entropies = match (&self.form, scale_t) {
+            (Form::Folded(w), Some(scale_t)) => cpu::read_out_entropies(x, w, scale_t)?,
+            (Form::Folded(_), None) => {
+                candle_core::bail!("a read-out by an RMS norm needs what the layer's own multiplies with")
+            }
+            (Form::Normed(w, norm), _) => {
+                on_host(&w.forward(&norm.forward(x)?)?, |z| softmax_entropies(z, &vec![1.0; z.len() / self.outputs]))?
+            }
         };
-        let mut entropies = on_host(&logits, |logits| softmax_entropies(logits, &scale_t))?;
         let most = (self.outputs.max(2) as f32).ln();
         entropies.iter_mut().for_each(|entropy| *entropy /= most);
         Ok(entropies)
@@ -56,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_read_out_is_of_the_normed_rows_by_either_norm() {
-        let (tokens, width, count) = (37, 50, 20);
+        let (tokens, width, count) = (150, 50, 20);
         // Rows of very different lengths: every one has a factor of its own.
         let x: Vec<f32> = numbers(1, tokens * width).iter().zip(0..).map(|(x, i)| x * (1 + i / width) as f32).collect();
         let [weight, bias] = [2, 3].map(|seed| numbers(seed, width));
@@ -71,14 +80,17 @@ mod tests {
             (rms(&weight), rms(&bias), reference::rms_norm(&x, &weight, 1e-5)),
             (layer(&weight), layer(&bias), reference::layer_norm(&x, &weight, &bias, 1e-5)),
         ];
-        for (norm, beside, normed) in cases {
-            let read_out = ReadOut::new(&tensor(&w, count), &norm, &backend).unwrap();
+        let [exact, rounded] = [DType::F32, DType::BF16].map(Backend::cpu);
+        let dtypes = [(&exact, 1e-5), (&rounded, 0.02)];
+        for ((norm, beside, normed), (packed_for, tolerance)) in cases.iter().flat_map(|case| dtypes.map(|d| (case, d)))
+        {
+            let read_out = ReadOut::new(&tensor(&w, count), norm, packed_for).unwrap();
             let x = tensor(&x, tokens);
             let (y, scale_t) = beside.forward_telling(&x).unwrap();
             assert_eq!(to_host(&y).unwrap(), to_host(&beside.forward(&x).unwrap()).unwrap());
-            let logits = reference::linear(&normed, &w, width, count);
+            let logits = reference::linear(normed, &w, width, count);
             let shares = logits.chunks_exact(count).map(|z| softmax_entropy(z) / (count as f32).ln());
-            assert_close(&read_out.entropies(&x, scale_t).unwrap(), &shares.collect::<Vec<_>>(), 1e-5);
+            assert_close(&read_out.entropies(&x, scale_t.as_deref()).unwrap(), &shares.collect::<Vec<_>>(), tolerance);
         }
         let read_out = ReadOut::new(&tensor(&w, count), &rms(&weight), &backend).unwrap();
         assert!(read_out.entropies(&tensor(&x, tokens), None).is_err());

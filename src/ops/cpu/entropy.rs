@@ -5,7 +5,7 @@ use super::math::{self, LANES};
 use super::{SharedOut, for_each};
 
 /// What an exponential counts as, with what is done to it.
-const FLOPS_PER_EXP: usize = 20;
+pub(super) const FLOPS_PER_EXP: usize = 20;
 
 /// See [`crate::ops::softmax_entropy`].
 pub(crate) fn softmax_entropy(z: &[f32]) -> f32 {
@@ -44,7 +44,8 @@ pub(crate) fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
     entropies
 }
 
-multiversion!(fn entropies_of(z: &[f32], scale_t: &[f32], entropies: &mut [f32]) = entropies_of_body);
+// H(softmax(scale · z)) for rows of `z`, a scale each.
+multiversion!(pub(super) fn entropies_of(z: &[f32], scale_t: &[f32], entropies: &mut [f32]) = entropies_of_body);
 
 #[inline(always)]
 fn entropies_of_body(z: &[f32], scale_t: &[f32], entropies: &mut [f32]) {

@@ -16,6 +16,7 @@ mod math;
 mod norm;
 mod pack;
 mod quants;
+mod read_out;
 mod rows;
 pub(super) mod train;
 
@@ -28,6 +29,7 @@ pub(super) use isa::describe;
 pub use machine::Machine;
 pub(super) use norm::{layer_norm, rms_norm, rms_norm_telling, root_mean_square, rotate};
 pub(super) use pack::{PackedMatrix, Packing};
+pub(super) use read_out::read_out_entropies;
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor};
 use rayon::prelude::*;

@@ -181,7 +181,7 @@ pub(super) struct RowBuffer {
 }
 
 thread_local! {
-    /// Buffers to be used again, the last used last.
+    /// Buffers to be used again. Not the one first that was used last: other cores still have its lines.
     static STORE: RefCell<Vec<Aligned<u32>>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -200,7 +200,7 @@ impl RowBuffer {
             }
         };
         let stored = STORE.with_borrow_mut(|store| {
-            let fits = store.iter().rposition(|stored| stored.len() >= words);
+            let fits = store.iter().position(|stored| stored.len() >= words);
             fits.map(|at| store.swap_remove(at))
         });
         let mut words = stored.unwrap_or_else(|| Aligned::zeroed(words));
@@ -313,8 +313,10 @@ unsafe impl Sync for RowBuffer {}
 
 impl Drop for RowBuffer {
     fn drop(&mut self) {
-        let words = std::mem::replace(&mut self.words, Aligned::zeroed(0));
-        STORE.with_borrow_mut(|store| {
+        let words = std::mem::take(&mut self.words);
+        // At the thread's end the store may be gone before a buffer that the thread has kept.
+        let _ = STORE.try_with(|store| {
+            let mut store = store.borrow_mut();
             store.push(words);
             if store.len() > STORED_MAX {
                 store.sort_unstable_by_key(|stored| std::cmp::Reverse(stored.len()));
