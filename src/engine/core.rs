@@ -10,7 +10,7 @@ use crate::moe::{Policy, RouteCtx, StepTrace};
 use crate::ops::profile::{Part, Profiler, timed};
 use crate::ops::{self, KvCache, KvShape, Segment, StepLayout};
 use crate::sched::{Chunk, Plan, SchedConfig, Scheduler};
-use crate::types::{FinishReason, SeqId, Work};
+use crate::types::{FinishReason, SeqId, TokenId, Work};
 use candle_core::Tensor;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
@@ -135,6 +135,17 @@ struct Forwarded {
     rows: Vec<LogitRow>,
     /// Final hidden states of `rows`.
     hidden: Option<Tensor>,
+}
+
+/// What became of the sequences that have reached their end in a step.
+#[derive(Default)]
+struct Drawn {
+    /// Their next tokens.
+    sampled: Vec<(SeqId, TokenId)>,
+    /// Other completions of a prompt, with their first tokens.
+    forks: Vec<(SeqId, Sequence, TokenId)>,
+    /// Those that are over.
+    over: Vec<SeqId>,
 }
 
 /// The KV cache's size and the context it allows.
@@ -386,35 +397,23 @@ impl Core {
 
     /// Scores prompt tokens, draws a token for every sequence that has reached its end, and removes what is over.
     fn commit(&mut self, plan: &Plan, done: &Forwarded) -> candle_core::Result<()> {
-        let mut sampled = Vec::new();
-        let mut forks = Vec::new();
-        let mut over = Vec::new();
+        let mut drawn = Drawn::default();
         let vocab = self.model.shape().vocab;
         let rows_max = (LOGITS_BYTES_MAX / (vocab * size_of::<f32>())).max(1);
         for (part, rows) in done.rows.chunks(rows_max).enumerate() {
             let Some(hidden) = &done.hidden else { break };
             let logits = self.model.logits(hidden, part * rows_max, rows.len())?;
-            let mut logits = timed(Part::LmHead, 0, || ops::to_host(&logits))?;
-            timed(Part::Sampling, 0, || self.score(rows, &logits));
-            for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)).filter(|(row, _)| row.keeps) {
-                if let Some(seq) = self.seqs.get_mut(&row.seq) {
-                    seq.keep(logits);
-                }
-            }
             timed(Part::Sampling, 0, || {
-                for (row, logits) in rows.iter().zip(logits.chunks_exact_mut(vocab)).filter(|(row, _)| row.samples) {
-                    let Some(seq) = self.seqs.get_mut(&row.seq) else { continue };
-                    for mut sibling in seq.prompt_done() {
-                        if let Some(token) = sibling.advance(&mut logits.to_vec(), &self.metrics) {
-                            forks.push((row.seq, sibling, token));
+                ops::on_host(&logits, |logits| {
+                    self.score(rows, logits);
+                    for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)).filter(|(row, _)| row.keeps) {
+                        if let Some(seq) = self.seqs.get_mut(&row.seq) {
+                            seq.keep(logits);
                         }
                     }
-                    match seq.advance(logits, &self.metrics) {
-                        Some(token) => sampled.push((row.seq, token)),
-                        None => over.push(row.seq),
-                    }
-                }
-            });
+                    self.draw(rows, logits, &mut drawn);
+                })
+            })?;
         }
         // Prompts that nothing is to follow end here.
         for chunk in plan.chunks.iter().filter(|c| c.samples) {
@@ -422,17 +421,42 @@ impl Core {
                 let siblings = seq.prompt_done();
                 seq.finish(FinishReason::Length, &self.metrics);
                 siblings.into_iter().for_each(|mut s| s.finish(FinishReason::Length, &self.metrics));
-                over.push(chunk.seq);
+                drawn.over.push(chunk.seq);
             }
         }
-        self.sched.commit(plan, &sampled);
-        for (parent, sibling, token) in forks {
+        self.sched.commit(plan, &drawn.sampled);
+        for (parent, sibling, token) in drawn.forks {
             let id = self.id();
             self.sched.fork(parent, id, token);
             self.seqs.insert(id, sibling);
         }
-        over.into_iter().for_each(|id| self.remove(id));
+        drawn.over.into_iter().for_each(|id| self.remove(id));
         Ok(())
+    }
+
+    /// Draws a token for every sequence that has reached its end and sends its text, all of them side by side.
+    fn draw(&mut self, rows: &[LogitRow], logits: &[f32], drawn: &mut Drawn) {
+        let (vocab, metrics) = (self.model.shape().vocab, &self.metrics);
+        let sampled = rows.iter().zip(logits.chunks_exact(vocab)).filter(|(row, _)| row.samples);
+        let logits_of: BTreeMap<SeqId, &[f32]> = sampled.map(|(row, logits)| (row.seq, logits)).collect();
+        let mut seqs: Vec<_> =
+            self.seqs.iter_mut().filter_map(|(id, seq)| Some((*id, seq, *logits_of.get(id)?))).collect();
+        let mut siblings = Vec::new();
+        for (id, seq, logits) in &mut seqs {
+            siblings.extend(seq.prompt_done().into_iter().map(|sibling| (*id, sibling, *logits)));
+        }
+        let advance = |sibling: (SeqId, Sequence, &[f32])| {
+            let (parent, mut sibling, logits) = sibling;
+            sibling.advance(logits, metrics).map(|token| (parent, sibling, token))
+        };
+        drawn.forks.par_extend(siblings.into_par_iter().filter_map(advance));
+        let tokens: Vec<_> = seqs.into_par_iter().map(|(id, seq, logits)| (id, seq.advance(logits, metrics))).collect();
+        for (id, token) in tokens {
+            match token {
+                Some(token) => drawn.sampled.push((id, token)),
+                None => drawn.over.push(id),
+            }
+        }
     }
 
     fn score(&mut self, rows: &[LogitRow], logits: &[f32]) {

@@ -3,6 +3,7 @@
 //! Order of the rules: penalties, biases, what is forbidden, temperature, min-p, top-k, top-p, draw.
 
 use super::grammar::Grammar;
+use crate::ops;
 use crate::types::{SamplingParams, TokenId};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -80,14 +81,16 @@ impl Sampler {
     fn draw(&mut self, logits: &[f32]) -> Option<TokenId> {
         let p = &self.params;
         let max = logits[greedy(logits)? as usize];
-        // exp((logit − max) / temperature) is the probability up to a factor; min-p is a floor on it.
-        let inverse = 1.0 / f64::from(p.temperature);
-        let floor = f64::from(p.min_p);
-        let weigh = |(id, logit): (usize, &f32)| {
-            let weight = (f64::from(*logit - max) * inverse).exp();
-            (logit.is_finite() && weight > 0.0 && weight >= floor).then_some((id as TokenId, weight))
-        };
-        let mut candidates: Vec<(TokenId, f64)> = logits.iter().enumerate().filter_map(weigh).collect();
+        // e^((logit − max) / temperature) is the probability up to a factor; min-p is a floor on it.
+        let inverse = (1.0 / p.temperature).min(f32::MAX);
+        let mut weights = ops::exponentials(logits, max, inverse);
+        for (weight, logit) in weights.iter_mut().zip(logits) {
+            if !logit.is_finite() || *weight < p.min_p {
+                *weight = 0.0;
+            }
+        }
+        let candidates = (0..).zip(weights).filter(|(_, weight)| *weight > 0.0).map(|(id, w)| (id, f64::from(w)));
+        let mut candidates: Vec<(TokenId, f64)> = candidates.collect();
         if p.top_k > 0 && (p.top_k as usize) < candidates.len() {
             candidates.select_nth_unstable_by(p.top_k as usize - 1, by_weight);
             candidates.truncate(p.top_k as usize);
@@ -222,6 +225,14 @@ mod tests {
             let mut s = sampler(|p| p.temperature = temperature);
             assert_eq!(s.sample(&mut [nan, 1.0, nan], &[], None), Ok(1));
             assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[], None).ok(), None);
+        }
+    }
+
+    #[test]
+    fn the_lowest_temperatures_draw_the_largest_logit() {
+        for temperature in [1e-3, 1e-20, 1e-40] {
+            let mut s = sampler(|p| p.temperature = temperature);
+            assert_eq!(s.sample(&mut [1.0, 3.0, 2.9], &[], None), Ok(1), "{temperature}");
         }
     }
 

@@ -282,11 +282,10 @@ impl Sequence {
     }
 
     /// Draws the next token from `logits` and sends what text it completes. Nothing, when the completion is over.
-    pub(super) fn advance(&mut self, logits: &mut [f32], metrics: &Metrics) -> Option<TokenId> {
+    pub(super) fn advance(&mut self, logits: &[f32], metrics: &Metrics) -> Option<TokenId> {
         let too_early = self.completion_len < self.min_tokens;
         let forbidden: &[TokenId] = if too_early { &self.stop_ids } else { &[] };
-        let raw = self.logprobs.map(|top| (top, logits.to_vec()));
-        let id = match self.sampler.sample(logits, forbidden, self.grammar.as_mut()) {
+        let id = match self.sampler.sample(&mut logits.to_vec(), forbidden, self.grammar.as_mut()) {
             Ok(id) => id,
             Err(error) => {
                 self.fail(&format!("no token can follow: {error}"), metrics);
@@ -300,7 +299,7 @@ impl Sequence {
             Some(last) => metrics.next_token(now - last),
         }
         if self.logprobs.is_some() || self.trace {
-            let score = raw.map(|(top, raw)| TokenScore::of(&raw, id, top));
+            let score = self.logprobs.map(|top| TokenScore::of(logits, id, top));
             let experts = std::mem::take(&mut self.last_k_l);
             self.pending.push(TokenReport { id, offset: self.text.chars(), score, experts });
         }

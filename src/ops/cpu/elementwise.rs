@@ -2,6 +2,7 @@
 //! pool of their own, whose threads wait actively and would take the cores from ours.
 
 use super::isa::multiversion;
+use super::math;
 use super::rows::FLOPS_PER_COPY;
 use super::{SharedOut, for_each, with_f32};
 use candle_core::{Device, Result, Tensor};
@@ -28,6 +29,20 @@ fn add_to_body(x: &mut [f32], y: &[f32]) {
 /// `x`, cut to `low..=high`.
 pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     changed(x, 1, |_, part| part.iter_mut().for_each(|x| *x = x.clamp(low, high)))
+}
+
+/// See [`crate::ops::exponentials`].
+pub(crate) fn exponentials(x: &[f32], max: f32, by: f32) -> Vec<f32> {
+    let mut y = x.to_vec();
+    exponentials_of(&mut y, max, by);
+    y
+}
+
+multiversion!(fn exponentials_of(x: &mut [f32], max: f32, by: f32) = exponentials_body);
+
+#[inline(always)]
+fn exponentials_body(x: &mut [f32], max: f32, by: f32) {
+    x.iter_mut().for_each(|x| *x = math::exp((*x - max) * by));
 }
 
 /// Adds `bias` to every row of `y`.
@@ -80,4 +95,22 @@ fn in_chunks(len: usize, row: usize, body: impl Fn(usize, usize, usize) + Sync +
         let start = item * rows * row;
         body(item * rows, start, (rows * row).min(len - start));
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponentials_are_those_of_scaled_differences() {
+        let x: Vec<f32> = (0..100).map(|i| i as f32 * 0.3 - 20.0).chain([f32::NEG_INFINITY]).collect();
+        for by in [0.0f32, 0.5, 1.0, 30.0] {
+            for (y, x) in exponentials(&x, 9.7, by).into_iter().zip(&x[..100]) {
+                let exponent = f64::from(x - 9.7) * f64::from(by);
+                let want = if exponent < -87.0 { 0.0 } else { exponent.exp() };
+                assert!((f64::from(y) - want).abs() <= 1e-5 * want + 1e-37, "{x} by {by}: {y}, not {want}");
+            }
+        }
+        assert_eq!(exponentials(&x, 9.7, f32::MAX)[100], 0.0);
+    }
 }
