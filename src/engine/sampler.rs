@@ -89,28 +89,40 @@ impl Sampler {
                 *weight = 0.0;
             }
         }
-        let candidates = (0..).zip(weights).filter(|(_, weight)| *weight > 0.0).map(|(id, w)| (id, f64::from(w)));
+        let candidates =
+            (0..).zip(&weights).filter(|(_, weight)| **weight > 0.0).map(|(id, weight)| (id, f64::from(*weight)));
+        let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let vocab = logits.len();
+        let top_k = if p.top_k > 0 { p.top_k as usize } else { vocab };
+        if top_k >= vocab && p.top_p >= 1.0 {
+            return pick(candidates, uniform);
+        }
         let mut candidates: Vec<(TokenId, f64)> = candidates.collect();
-        if p.top_k > 0 && (p.top_k as usize) < candidates.len() {
-            candidates.select_nth_unstable_by(p.top_k as usize - 1, by_weight);
-            candidates.truncate(p.top_k as usize);
+        if top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, by_weight);
+            candidates.truncate(top_k);
         }
         if p.top_p < 1.0 {
             keep_top_p(&mut candidates, f64::from(p.top_p));
         }
         // In order of ids, so that the draw does not hang on how candidates were selected.
         candidates.sort_unstable_by_key(|c| c.0);
-        let total: f64 = candidates.iter().map(|c| c.1).sum();
-        let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let mut left = uniform * total;
-        for (id, weight) in &candidates {
-            left -= weight;
-            if left < 0.0 {
-                return Some(*id);
-            }
-        }
-        candidates.last().map(|c| c.0)
+        pick(candidates.iter().copied(), uniform)
     }
+}
+
+/// The candidate at share `uniform`, from 0 to 1, of the weight of all.
+fn pick(candidates: impl Iterator<Item = (TokenId, f64)> + Clone, uniform: f64) -> Option<TokenId> {
+    let mut left = uniform * candidates.clone().map(|c| c.1).sum::<f64>();
+    let mut last = None;
+    for (id, weight) in candidates {
+        last = Some(id);
+        left -= weight;
+        if left < 0.0 {
+            break;
+        }
+    }
+    last
 }
 
 /// Heaviest first, the lower id among equals.
