@@ -445,8 +445,7 @@ impl Core {
         for (id, seq, logits) in &mut seqs {
             siblings.extend(seq.prompt_done().into_iter().map(|sibling| (*id, sibling, *logits)));
         }
-        let advance = |sibling: (SeqId, Sequence, &[f32])| {
-            let (parent, mut sibling, logits) = sibling;
+        let advance = |(parent, mut sibling, logits): (SeqId, Sequence, &[f32])| {
             sibling.advance(logits, metrics).map(|token| (parent, sibling, token))
         };
         drawn.forks.par_extend(siblings.into_par_iter().filter_map(advance));

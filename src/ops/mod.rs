@@ -80,11 +80,6 @@ pub fn softmax_entropy(z: &[f32]) -> f32 {
     cpu::softmax_entropy(z)
 }
 
-/// The same for every row of `z [T, M]`, after it is multiplied with its number of `scale_t [T]`.
-pub fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
-    cpu::softmax_entropies(z, scale_t)
-}
-
 /// Rows `rows` of `x`, `[T, D] → [rows, D]`.
 pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
     let rows = Tensor::new(rows, x.device())?;

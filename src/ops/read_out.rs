@@ -1,6 +1,6 @@
 //! The early read-out of a logit lens: the final norm and some rows of the LM head, for every layer's residual stream.
 
-use super::{Backend, HostTensor, Linear, Norm, cpu, on_host, softmax_entropies, to_host};
+use super::{Backend, HostTensor, Linear, Norm, cpu, on_host, softmax_entropy, to_host};
 use candle_core::{Result, Tensor};
 
 /// The softmax of `norm(x)·Wᵀ` for some rows W of the LM head.
@@ -47,7 +47,8 @@ impl ReadOut {
                 candle_core::bail!("a read-out by an RMS norm needs what the layer's own multiplies with")
             }
             (Form::Normed(w, norm), _) => {
-                on_host(&w.forward(&norm.forward(x)?)?, |z| softmax_entropies(z, &vec![1.0; z.len() / self.outputs]))?
+                let logits = w.forward(&norm.forward(x)?)?;
+                on_host(&logits, |z| z.chunks_exact(self.outputs).map(softmax_entropy).collect())?
             }
         };
         let most = (self.outputs.max(2) as f32).ln();
@@ -59,8 +60,8 @@ impl ReadOut {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::reference;
     use crate::ops::testing::{assert_close, numbers};
-    use crate::ops::{reference, softmax_entropy};
     use candle_core::{DType, Device};
 
     #[test]

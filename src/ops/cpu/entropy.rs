@@ -2,7 +2,6 @@
 
 use super::isa::multiversion;
 use super::math::{self, LANES};
-use super::{SharedOut, for_each};
 
 /// What an exponential counts as, with what is done to it.
 pub(super) const FLOPS_PER_EXP: usize = 20;
@@ -25,23 +24,6 @@ fn entropy_of_body(z: &[f32], entropy: &mut f32) {
         [e, e * (z - max)]
     });
     *entropy = sum.ln() - weighted / sum;
-}
-
-/// See [`crate::ops::softmax_entropies`].
-pub(crate) fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
-    const ROWS: usize = 64;
-    let rows = scale_t.len();
-    let width = z.len() / rows.max(1);
-    assert_eq!(z.len(), rows * width, "rows of one width");
-    let mut entropies = vec![0.0; rows];
-    let out = SharedOut::new(&mut entropies);
-    for_each(rows.div_ceil(ROWS), z.len() * FLOPS_PER_EXP, |item| {
-        let rows = item * ROWS..rows.min((item + 1) * ROWS);
-        // SAFETY: items write disjoint rows.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.from(rows.start), rows.len()) };
-        entropies_of(&z[rows.start * width..rows.end * width], &scale_t[rows], out);
-    });
-    entropies
 }
 
 // H(softmax(scale · z)) for rows of `z`, a scale each.
@@ -103,6 +85,12 @@ fn side_by_side<const N: usize>(z: &[f32], width: usize, scale_t: &[f32], entrop
 mod tests {
     use super::*;
     use crate::ops::testing::{assert_close, numbers};
+
+    fn softmax_entropies(z: &[f32], scale_t: &[f32]) -> Vec<f32> {
+        let mut entropies = vec![0.0; scale_t.len()];
+        entropies_of(z, scale_t, &mut entropies);
+        entropies
+    }
 
     #[test]
     fn entropies_of_rows_are_those_of_each_alone_and_bits_hang_on_no_other_row() {

@@ -36,14 +36,14 @@ pub(crate) fn read_out_entropies(x: &Tensor, w: &PackedMatrix, scale_t: &[f32]) 
 }
 
 thread_local! {
-    /// Kept from step to step: no other core has had its lines.
+    /// Kept from step to step, and touched by no other core meanwhile.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 #[derive(Default)]
 struct Scratch {
-    /// Rows as products with weights of its form and inputs read them.
-    rounded: Option<(Form, usize, RowBuffer)>,
+    /// Rows as products read them, where that is not as f32.
+    rounded: Option<RowBuffer>,
     logits: Aligned<f32>,
 }
 
@@ -58,9 +58,10 @@ impl Scratch {
             Form::F32 => Rows::of_f32(x, inputs),
             form => {
                 let rounded = match &mut self.rounded {
-                    Some((of, width, rounded)) if (*of, *width) == (form, inputs) => rounded,
-                    other => &mut other.insert((form, inputs, RowBuffer::new(form, ROWS, inputs))).2,
+                    Some(rounded) if rounded.takes(form, inputs) => rounded,
+                    other => other.insert(RowBuffer::new(form, ROWS, inputs)),
                 };
+                // By this thread alone: while one waits for others it may begin another item, which needs the scratch.
                 for (row, x) in x.chunks_exact(inputs).enumerate() {
                     // SAFETY: the buffer is borrowed here alone.
                     unsafe { rounded.write(row, 0, x) };

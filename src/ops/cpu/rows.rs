@@ -210,6 +210,11 @@ impl RowBuffer {
         buffer
     }
 
+    /// Whether rows of `width` go into it, in this form.
+    pub(super) fn takes(&self, form: Form, width: usize) -> bool {
+        (self.form, self.width) == (form, width)
+    }
+
     /// `x [M, I]` in another form.
     pub(super) fn rounded(form: Form, x: &[f32], width: usize) -> Self {
         let buffer = Self::new(form, x.len() / width, width);
