@@ -3,7 +3,7 @@
 
 use super::elementwise::{add_bias, add_to};
 use super::isa::multiversion;
-use super::kernel::{counted_rows, matmul, multiply};
+use super::kernel::{PANELS_PER_ITEM, counted_rows, matmul, products};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{Form, RowBuffer, Rows};
@@ -12,7 +12,6 @@ use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
 use crate::types::Activation;
 use candle_core::{Device, Result, Tensor};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// One expert's weights.
@@ -66,7 +65,7 @@ impl PackedFfn {
 
     /// Of these, the most that one work item takes.
     fn hidden_panels_max(&self) -> usize {
-        PANELS_MAX / (1 + usize::from(self.activation.gated()))
+        PANELS_PER_ITEM / (1 + usize::from(self.activation.gated()))
     }
 
     /// FLOPs of h for `rows` rows of `d` inputs.
@@ -87,72 +86,42 @@ impl PackedFfn {
         next: Option<(&Self, usize)>,
     ) {
         let parts = 1 + usize::from(self.activation.gated());
-        let stride = panels.len() * parts * NR;
         let next = next.map(|(next, panel)| (&next.inner, parts * panel));
-        in_parts(x, |x, start, tile| {
-            // SAFETY: the tile holds the part's rows of at most `PANELS_MAX` panels.
-            unsafe { multiply(x, &self.inner, parts * panels.start..parts * panels.end, tile, stride, next) };
-            for row in 0..x.len() {
-                // SAFETY: the row was just written.
-                let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), stride) };
-                if let Some(bias) = &self.inner_bias {
-                    add_to(tile, &bias[panels.start * parts * NR..]);
+        products(x, &self.inner, parts * panels.start..parts * panels.end, next, |row, start, products| {
+            if let Some(bias) = &self.inner_bias {
+                add_to(products, &bias[start * NR..]);
+            }
+            for (panel, products) in (start / parts..).zip(products.chunks(parts * NR)) {
+                let mut out = [0.0; NR];
+                match self.activation {
+                    Activation::Swiglu => swiglu_columns(products, &mut out),
+                    Activation::Gelu => gelu_columns(products, &mut out),
+                    Activation::Relu => relu_columns(products, &mut out),
+                    Activation::Silu => silu_columns(products, &mut out),
                 }
-                for (panel, tile) in panels.clone().zip(tile.chunks_exact(parts * NR)) {
-                    let mut out = [0.0; NR];
-                    match self.activation {
-                        Activation::Swiglu => swiglu_columns(tile, &mut out),
-                        Activation::Gelu => gelu_columns(tile, &mut out),
-                        Activation::Relu => relu_columns(tile, &mut out),
-                        Activation::Silu => silu_columns(tile, &mut out),
-                    }
-                    let columns = NR.min(self.width - panel * NR);
-                    // SAFETY: the caller's word.
-                    unsafe { h.write(first + start + row, panel * NR, &out[..columns]) };
-                }
+                let columns = NR.min(self.width - panel * NR);
+                // SAFETY: the caller's word.
+                unsafe { h.write(first + row, panel * NR, &out[..columns]) };
             }
         });
     }
 
-    /// The columns of `panels` of `down(h)` for all rows of `h`: each row, with its number, to `each`. `next` is as for
-    /// [`Self::hidden`].
+    /// The columns of `panels` of `down(h)` for all rows of `h`: some of a row's, with its number and their first panel, to
+    /// `each`. `next` is as for [`Self::hidden`].
     fn output(
         &self,
         h: Rows<'_>,
         panels: Range<usize>,
         next: Option<(&Self, usize)>,
-        mut each: impl FnMut(usize, &[f32]),
+        mut each: impl FnMut(usize, usize, &[f32]),
     ) {
-        let columns = panels.start * NR..self.down.outputs().min(panels.end * NR);
-        let stride = panels.len() * NR;
         let next = next.map(|(next, panel)| (&next.down, panel));
-        in_parts(h, |h, start, tile| {
-            // SAFETY: the tile holds the part's rows of at most `PANELS_MAX` panels.
-            unsafe { multiply(h, &self.down, panels.clone(), tile, stride, next) };
-            for row in 0..h.len() {
-                // SAFETY: the row was just written, as far as there are columns.
-                let tile = unsafe { std::slice::from_raw_parts_mut(tile.add(row * stride), columns.len()) };
-                if let Some(bias) = &self.down_bias {
-                    add_to(tile, &bias[columns.clone()]);
-                }
-                each(start + row, tile);
+        products(h, &self.down, panels, next, |row, start, products| {
+            if let Some(bias) = &self.down_bias {
+                add_to(products, &bias[start * NR..]);
             }
+            each(row, start, products);
         });
-    }
-}
-
-/// Panels whose products a tile holds.
-const PANELS_MAX: usize = 4;
-
-/// Calls `body` for some rows of `x` at a time, with their place in `x` and with room for their products.
-fn in_parts(x: Rows<'_>, mut body: impl FnMut(Rows<'_>, usize, *mut f32)) {
-    /// As many as the kernel keeps results of.
-    const ROWS: usize = 256;
-    #[repr(C, align(64))]
-    struct Tile([f32; ROWS * PANELS_MAX * NR]);
-    let mut tile = MaybeUninit::<Tile>::uninit();
-    for first in (0..x.len()).step_by(ROWS) {
-        body(x.slice(first..x.len().min(first + ROWS)), first, tile.as_mut_ptr().cast());
     }
 }
 
@@ -203,7 +172,7 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
     with_f32(x, |x| {
         in_form_of(&net.inner, x, |x| {
             let rows = counted_rows(tokens, Form::of(&net.inner));
-            let items = Items::of(net.hidden_panels(), net.hidden_panels_max(), 1);
+            let items = Items::of(net.hidden_panels(), net.hidden_panels_max(), 1, ITEMS_PER_THREAD);
             for_each(items.len(), net.hidden_flops(rows, d), |item| {
                 // SAFETY: items write disjoint columns.
                 unsafe { net.hidden(x, items.panels(item), (&h, 0), None) };
@@ -236,7 +205,7 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
     let counted: usize =
         active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();
-    let items = Items::of(first.hidden_panels(), first.hidden_panels_max(), active.len());
+    let items = Items::of(first.hidden_panels(), first.hidden_panels_max(), active.len(), ITEMS_PER_THREAD);
     for_each(active.len() * items.len(), first.hidden_flops(counted, d), |item| {
         let of = |item: usize| active.get(item / items.len()).map(|&e| (e, items.panels(item % items.len())));
         let Some((e, panels)) = of(item) else { return };
@@ -251,7 +220,7 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     // the same whatever else is in the step.
     let mut sums = vec![0.0; tokens * d];
     let out = SharedOut::new(&mut sums);
-    let items = Items::of(d.div_ceil(NR), PANELS_MAX, 1);
+    let items = Items::of(d.div_ceil(NR), OUTPUT_PANELS_MAX, 1, OUTPUT_ITEMS_PER_THREAD);
     for_each(items.len(), 2 * counted * d * first.width, |item| {
         let panels = items.panels(item);
         for (i, &e) in active.iter().enumerate() {
@@ -260,9 +229,9 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
                 Some(&next) => Some((&experts[next], panels.start)),
                 None => active.first().filter(|_| panels.end * NR < d).map(|&next| (&experts[next], panels.end)),
             };
-            experts[e].output(h.rows().slice(rows.clone()), panels.clone(), next, |row, y| {
+            experts[e].output(h.rows().slice(rows.clone()), panels.clone(), next, |row, panel, y| {
                 let row = rows.start + row;
-                let at = routing.token_r()[row] as usize * d + panels.start * NR;
+                let at = routing.token_r()[row] as usize * d + panel * NR;
                 // SAFETY: items add to disjoint columns.
                 let sum = unsafe { std::slice::from_raw_parts_mut(out.from(at), y.len()) };
                 add_scaled(sum, routing.weight_r()[row], y);
@@ -271,6 +240,11 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     });
     Tensor::from_vec(sums, (tokens, d), &Device::Cpu)
 }
+
+/// Work items of outputs for each thread: every one reads all of h, and so they are few,
+const OUTPUT_ITEMS_PER_THREAD: usize = 2;
+/// but not wider than this, in panels, so that their columns of the sums stay in a second-level cache.
+const OUTPUT_PANELS_MAX: usize = 16;
 
 /// Panels cut into work items.
 #[derive(Clone, Copy)]
@@ -281,9 +255,10 @@ struct Items {
 }
 
 impl Items {
-    /// `panels` of each of `matrices`, at most `each_max` to an item.
-    fn of(panels: usize, each_max: usize, matrices: usize) -> Self {
-        let wanted = ITEMS_PER_THREAD * rayon::current_num_threads();
+    /// `panels` of each of `matrices`, at most `each_max` to an item, and `per_thread` items for each thread where there is
+    /// enough to do.
+    fn of(panels: usize, each_max: usize, matrices: usize, per_thread: usize) -> Self {
+        let wanted = per_thread * rayon::current_num_threads();
         Self { panels, each: (panels * matrices / wanted).clamp(1, each_max) }
     }
 

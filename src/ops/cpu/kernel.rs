@@ -18,13 +18,26 @@ use super::pack::{Data, NR, PackedMatrix};
 use super::quants::Product;
 use super::rows::{Form, Rows};
 use super::{ITEMS_PER_THREAD, for_each};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Panels one work item takes.
-const PANELS_PER_ITEM: usize = 4;
+pub(super) const PANELS_PER_ITEM: usize = 4;
+
+/// Panels that tiles take at a time.
+const TILED_PANELS: usize = 2;
 
 /// Rows at least that a work item takes where panels alone are too few: whole blocks of the kernels.
 const ROWS_PER_ITEM_MIN: usize = 48;
+
+/// Rows at most that are multiplied with panels after panels.
+const ROWS_MAX: usize = 256;
+
+/// As many of them as take half of a second-level cache if they are of bf16 and have `inputs` inputs.
+fn rows_max(inputs: usize) -> usize {
+    const INPUTS: usize = (1 << 20) / 2;
+    (INPUTS / inputs.max(1) / 16 * 16).clamp(64, ROWS_MAX)
+}
 
 /// `y [M, O] = x [M, I] · wᵀ`.
 pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
@@ -33,20 +46,62 @@ pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
     let groups = panels.div_ceil(PANELS_PER_ITEM);
     // Few outputs, a gate's, are cut by rows too.
     let parts = (ITEMS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));
-    let each = rows.div_ceil(parts).max(1).next_multiple_of(ROWS_PER_ITEM_MIN);
+    let each = rows.div_ceil(parts).max(1).next_multiple_of(ROWS_PER_ITEM_MIN).min(rows_max(w.inputs()));
     let parts = rows.div_ceil(each);
     let flops = 2 * counted_rows(rows, Form::of(w)) * outputs * w.inputs();
     // SAFETY: items write disjoint columns of some rows, and together all.
     unsafe {
         written(rows * outputs, |out| {
             for_each(groups * parts, flops, |item| {
-                let first = item / parts * PANELS_PER_ITEM;
+                // All panels with some rows, which stay in a cache, and then with the next ones.
+                let first = item % groups * PANELS_PER_ITEM;
                 let last = panels.min(first + PANELS_PER_ITEM);
-                let row = item % parts * each;
+                let row = item / groups * each;
                 let x = x.slice(row..rows.min(row + each));
                 multiply(x, w, first..last, out.from(row * outputs + first * NR), outputs, None);
             });
         })
+    }
+}
+
+/// Products of all rows of `x` with panels `panels` of `w`, to `each`, some of a row's at a time: with the row's number and
+/// their first panel. `next` is as for [`multiply`].
+pub(super) fn products(
+    x: Rows<'_>,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    next: Option<(&PackedMatrix, usize)>,
+    mut each: impl FnMut(usize, usize, &mut [f32]),
+) {
+    const PANELS: usize = 4;
+    /// Kept in the first two caches between being written and being read.
+    #[repr(C, align(64))]
+    struct Products([f32; ROWS_MAX * PANELS * NR]);
+    let mut room = MaybeUninit::<Products>::uninit();
+    let room: *mut f32 = room.as_mut_ptr().cast();
+    let isa = Isa::get();
+    let panels_max = if tiled(isa, w, x.len()) { TILED_PANELS } else { PANELS };
+    let rows_max = rows_max(w.inputs());
+    for first in (0..x.len()).step_by(rows_max) {
+        let rows = first..x.len().min(first + rows_max);
+        for start in panels.clone().step_by(panels_max) {
+            let panels_now = start..panels.end.min(start + panels_max);
+            let next = match (panels_now.end < panels.end, rows.end < x.len()) {
+                (true, _) => None,
+                (false, true) => Some((w, panels.start)),
+                (false, false) => next,
+            };
+            let stride = panels_now.len() * NR;
+            let columns = (panels_now.end * NR).min(w.outputs()) - start * NR;
+            let out = Out { start: room, stride, spare: true };
+            // SAFETY: there is room for whole tiles of rows of this many panels, and what is read of it was written.
+            unsafe {
+                multiply_on(isa, x.slice(rows.clone()), w, panels_now, &out, next);
+                for row in 0..rows.len() {
+                    each(first + row, start, std::slice::from_raw_parts_mut(room.add(row * stride), columns));
+                }
+            }
+        }
     }
 }
 
@@ -62,7 +117,8 @@ pub(super) fn matmul_on(isa: Isa, x: &[f32], w: &PackedMatrix, y: &mut [f32]) {
     assert_eq!(y.len(), rows * outputs);
     // SAFETY: `y` holds all rows and columns and is borrowed here alone.
     super::in_form_of(w, x, |x| unsafe {
-        multiply_on(isa, x, w, 0..outputs.div_ceil(NR), y.as_mut_ptr(), outputs, None);
+        let out = Out { start: y.as_mut_ptr(), stride: outputs, spare: false };
+        multiply_on(isa, x, w, 0..outputs.div_ceil(NR), &out, None);
     });
 }
 
@@ -81,7 +137,25 @@ pub(super) unsafe fn multiply(
     next: Option<(&PackedMatrix, usize)>,
 ) {
     // SAFETY: the caller's word.
-    unsafe { multiply_on(Isa::get(), x, w, panels, out, stride, next) }
+    unsafe { multiply_on(Isa::get(), x, w, panels, &Out { start: out, stride, spare: false }, next) }
+}
+
+/// Where products go.
+struct Out {
+    start: *mut f32,
+    /// Elements from row to row.
+    stride: usize,
+    /// Whether there is room for rows up to a multiple of 16, whatever is written to those that are too many.
+    spare: bool,
+}
+
+/// Whether tiles are quickest for `rows` rows with `w`.
+fn tiled(isa: Isa, w: &PackedMatrix, rows: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let from = amx::ROWS_MIN;
+    #[cfg(not(target_arch = "x86_64"))]
+    let from = usize::MAX;
+    isa == Isa::Amx && Form::of(w) == Form::Bf16 && rows >= from
 }
 
 /// [`multiply`] with the kernels of `isa`, which this processor must have.
@@ -93,8 +167,7 @@ unsafe fn multiply_on(
     x: Rows<'_>,
     w: &PackedMatrix,
     panels: Range<usize>,
-    out: *mut f32,
-    stride: usize,
+    &Out { start: out, stride, spare }: &Out,
     next: Option<(&PackedMatrix, usize)>,
 ) {
     assert_eq!(x.width(), w.inputs());
@@ -116,6 +189,8 @@ unsafe fn multiply_on(
             _ => std::ptr::null(),
         },
     };
+    #[cfg(target_arch = "x86_64")]
+    let tiled = tiled(isa, w, x.len());
     let tile = Tile {
         isa,
         rows: x.len(),
@@ -134,8 +209,8 @@ unsafe fn multiply_on(
             Data::F32(w) => dispatch_f32(x.f32(), w[start..].as_ptr(), &tile, out),
             Data::F16(w) => dispatch_f16(x.f32(), w[start..].as_ptr(), &tile, out),
             #[cfg(target_arch = "x86_64")]
-            Data::Bf16(w) if isa == Isa::Amx && x.len() >= amx::ROWS_MIN => {
-                amx::multiply(x.bf16(), w[start..].as_ptr(), &tile, out);
+            Data::Bf16(w) if tiled => {
+                amx::multiply(x.bf16(), w[start..].as_ptr(), &tile, out, spare);
             }
             Data::Bf16(w) => dispatch_bf16(x.bf16(), w[start..].as_ptr(), &tile, out),
             Data::Quantised(_) => unreachable!("returned above"),

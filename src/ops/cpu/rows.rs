@@ -152,22 +152,22 @@ impl<'a> Rows<'a> {
     }
 
     /// The first row's first block, where they are bf16: every row goes on with zeros to a whole [`BLOCK`], and whole
-    /// squares of rows may be read.
+    /// tiles of rows may be read.
     pub(super) fn bf16(&self) -> *const u16 {
         assert_eq!(self.form, Form::Bf16, "products with these weights read bf16");
         self.start.cast()
     }
 
     /// The first row's first block, where they have eight bits, and how many blocks after it the row's next one comes. Other
-    /// rows' come one after the other; whole squares of rows may be read.
+    /// rows' come one after the other; whole tiles of rows may be read.
     pub(super) fn bytes(&self) -> (*const ByteBlock, usize) {
         assert_eq!(self.form, Form::Bytes, "products with these weights read eight bits");
         (self.start.cast(), self.stride / BLOCK)
     }
 }
 
-/// Rows that one may read beyond the last one: a square's.
-const SPARE_ROWS: usize = 31;
+/// Rows that one may read beyond the last one: a tile's.
+const SPARE_ROWS: usize = 15;
 
 /// Room for rows of activations. Memory is taken from a store of the thread and given back to it.
 pub(super) struct RowBuffer {

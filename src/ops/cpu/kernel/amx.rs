@@ -10,41 +10,44 @@ use std::mem::MaybeUninit;
 /// From this many rows on, tiles are quicker than vectors.
 pub(super) const ROWS_MIN: usize = 5;
 
-/// Rows of a square of results, four tiles.
-const SQUARE: usize = 32;
-/// Squares whose results are kept at a time: with rows of 2,048 inputs these take half of a second-level cache.
-const SQUARES: usize = 8;
+/// Rows of a tile of activations or results.
+const ROWS: usize = 16;
+/// Tiles of rows whose results are kept at a time: with rows of 2,048 inputs these take half of a second-level cache.
+const TILES: usize = 16;
+/// Panels that are multiplied at a time, two tiles wide each: a tile of rows is loaded once for both, and memory follows
+/// two streams better than one.
+const PANELS: usize = super::TILED_PANELS;
 /// Words of a block of a panel.
 const WORDS: usize = BLOCK / 2 * NR;
+/// Elements of a row of results.
+const STRIDE: usize = PANELS * NR;
 
-/// Panels that are read in turns: memory follows two streams better than one, and rows are in the first cache for the
-/// second.
-const STREAMS: usize = 2;
-
-/// Blocks of a panel, of 2 KB each, that all squares are multiplied with before the next ones: they stay in the first cache
-/// meanwhile, and so do these blocks of the rows and the results. With few squares memory is what limits, and what comes
-/// from there is slowed by whatever else the first cache misses; with many, or a single panel, it is the results that are put
-/// aside between.
-fn depth(squares: usize, panels: usize) -> usize {
-    if squares <= 3 && panels > 1 { 2 } else { 8 }
+/// Blocks of panels, of 2 KB each, that all tiles of rows are multiplied with before the next ones: they stay in the first
+/// cache meanwhile. With few tiles memory is what limits, and what comes from there is slowed by whatever else the first
+/// cache misses; with many it is the results that are put aside between.
+fn depth(tiles: usize) -> usize {
+    if tiles <= 4 { 2 } else { 4 }
 }
 
 /// Blocks ahead of what is multiplied that are fetched.
 const AHEAD: usize = 8;
 
 #[repr(C, align(64))]
-struct Results([[f32; NR]; SQUARE * SQUARES * STREAMS]);
+struct Results([[f32; STRIDE]; ROWS * TILES]);
 
+/// With `spare` `out` has room for whole tiles of rows.
+///
 /// # Safety
-/// As [`super::multiply`]; whole squares of rows of `x` must be readable, of whatever content.
-pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *mut f32) {
+/// As [`super::multiply`]; whole tiles of rows of `x` must be readable, of whatever content.
+pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *mut f32, spare: bool) {
     let tiles = Tiles::configure();
-    let mut results = MaybeUninit::<Results>::uninit();
-    let results: *mut f32 = results.as_mut_ptr().cast();
-    for first in (0..tile.rows).step_by(SQUARE * SQUARES) {
-        let rows = (tile.rows - first).min(SQUARE * SQUARES);
-        for panel in (0..tile.panels).step_by(STREAMS) {
-            let panels = STREAMS.min(tile.panels - panel);
+    let mut room = MaybeUninit::<Results>::uninit();
+    let room: *mut f32 = room.as_mut_ptr().cast();
+    for first in (0..tile.rows).step_by(ROWS * TILES) {
+        let rows = (tile.rows - first).min(ROWS * TILES);
+        for panel in (0..tile.panels).step_by(PANELS) {
+            let panels = PANELS.min(tile.panels - panel);
+            let columns = (tile.columns - panel * NR).min(STRIDE);
             let next = match (panel + panels < tile.panels, first + rows < tile.rows) {
                 (true, _) => w.wrapping_add((panel + panels) * tile.panel_len),
                 (false, true) => w,
@@ -52,20 +55,21 @@ pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *m
             };
             // SAFETY: rows and panels within their buffers; results of `rows` rows are written before they are read.
             unsafe {
+                let out = out.add(first * tile.stride + panel * NR);
+                let in_place = spare && (columns, tile.stride) == (STRIDE, STRIDE);
+                let results = if in_place { out } else { room };
                 let (x, w) = (x.add(first * tile.x_row), w.add(panel * tile.panel_len));
-                multiply_panels(&tiles, (x, rows), (w, panels, next), tile, results);
-                for stream in 0..panels {
-                    let column = (panel + stream) * NR;
-                    let columns = (tile.columns - column).min(NR);
-                    for row in 0..rows {
-                        let results = results.add((stream * SQUARE * SQUARES + row) * NR);
-                        let out = out.add((first + row) * tile.stride + column);
-                        if columns == NR {
-                            // Of a length the compiler knows, without a call.
-                            *out.cast::<[f32; NR]>() = *results.cast();
-                        } else {
-                            std::ptr::copy_nonoverlapping(results, out, columns);
-                        }
+                multiply_panels(&tiles, (x, rows.div_ceil(ROWS)), (w, panels, next), tile, results);
+                if in_place {
+                    continue;
+                }
+                for row in 0..rows {
+                    let (results, out) = (results.add(row * STRIDE), out.add(row * tile.stride));
+                    if columns == STRIDE {
+                        // Of a length the compiler knows, without a call.
+                        *out.cast::<[f32; STRIDE]>() = *results.cast();
+                    } else {
+                        std::ptr::copy_nonoverlapping(results, out, columns);
                     }
                 }
             }
@@ -73,7 +77,8 @@ pub(super) unsafe fn multiply(x: *const u16, w: *const u32, tile: &Tile, out: *m
     }
 }
 
-/// Results of `rows` rows with `panels` panels from `w` on. At the end the beginnings of those from `next` on are fetched.
+/// Results of `rows` tiles of rows with `panels` panels from `w` on. At the end the beginnings of those from `next` on are
+/// fetched.
 #[inline]
 unsafe fn multiply_panels(
     tiles: &Tiles,
@@ -83,85 +88,104 @@ unsafe fn multiply_panels(
     results: *mut f32,
 ) {
     let blocks = tile.panel_len / WORDS;
-    let squares = rows.div_ceil(SQUARE);
-    let depth_max = depth(squares, panels);
+    let depth_max = depth(rows);
     for first in (0..blocks).step_by(depth_max) {
         let depth = depth_max.min(blocks - first);
         let ahead = first + AHEAD;
         let ahead =
             if ahead < blocks { w.wrapping_add(ahead * WORDS) } else { next.wrapping_add((ahead - blocks) * WORDS) };
-        for stream in 0..panels {
-            let start = stream * tile.panel_len;
-            for square in 0..squares {
-                // SAFETY: blocks of the panel, rows of `x`, and results are within their buffers; fetching is harmless
-                // anywhere.
-                unsafe {
-                    let call = Call {
-                        x: x.add(square * SQUARE * tile.x_row + first * tile.x_block),
-                        x_block: tile.x_block * size_of::<u16>(),
-                        w: w.add(start + first * WORDS),
-                        depth,
-                        results: results.add((stream * SQUARES + square) * SQUARE * NR),
-                        accumulate: first > 0,
-                        next: ahead.wrapping_add(start + square * depth * WORDS / squares),
-                    };
-                    let half = rows - square * SQUARE <= SQUARE / 2;
-                    // Together at least the lines of a block.
-                    match (half, squares) {
-                        (true, 1) => call.half::<32>(tiles),
-                        (true, 2) => call.half::<16>(tiles),
-                        (true, 3) => call.half::<12>(tiles),
-                        (true, 4..8) => call.half::<8>(tiles),
-                        (true, _) => call.half::<4>(tiles),
-                        (false, 1) => call.whole::<32>(tiles),
-                        (false, 2) => call.whole::<16>(tiles),
-                        (false, 3) => call.whole::<12>(tiles),
-                        (false, 4..8) => call.whole::<8>(tiles),
-                        (false, _) => call.whole::<4>(tiles),
-                    }
+        let x_at = |row: usize, block: usize| x.wrapping_add(row * ROWS * tile.x_row + block * tile.x_block);
+        for row in 0..rows {
+            let (next_row, next_block) = if row + 1 < rows { (row + 1, first) } else { (0, (first + depth) % blocks) };
+            // SAFETY: blocks of the panels, rows of `x`, and results are within their buffers; fetching is harmless
+            // anywhere.
+            unsafe {
+                let call = Call {
+                    x: x_at(row, first),
+                    x_next: x_at(next_row, next_block),
+                    x_block: tile.x_block * size_of::<u16>(),
+                    w: w.add(first * WORDS),
+                    panel_len: tile.panel_len,
+                    depth,
+                    results: results.add(row * ROWS * STRIDE),
+                    results_next: results.add(next_row * ROWS * STRIDE),
+                    accumulate: first > 0,
+                    next: ahead.wrapping_add(row * depth * WORDS / rows),
+                };
+                match (panels, rows) {
+                    (PANELS, 1) => call.pair::<20>(tiles),
+                    (PANELS, 2) => call.pair::<12>(tiles),
+                    (PANELS, 3) => call.pair::<8>(tiles),
+                    (PANELS, 4) => call.pair::<6>(tiles),
+                    (PANELS, 5..=8) => call.pair::<3>(tiles),
+                    (PANELS, 9..=11) => call.pair::<2>(tiles),
+                    (PANELS, _) => call.pair::<1>(tiles),
+                    _ => call.single(tiles),
                 }
             }
         }
     }
 }
 
-/// Some blocks of a panel with the rows of a square.
+/// Some blocks of panels with a tile of rows.
 struct Call {
     x: *const u16,
+    /// Of the next call.
+    x_next: *const u16,
     /// Bytes from block to block.
     x_block: usize,
     w: *const u32,
+    /// Words from panel to panel.
+    panel_len: usize,
     /// Blocks.
     depth: usize,
     results: *mut f32,
+    /// Of the next call.
+    results_next: *mut f32,
     accumulate: bool,
-    /// What is to be fetched.
+    /// What is to be fetched from memory, of the first panel.
     next: *const u32,
 }
 
-/// Fetches a quarter of `{lines}` cache lines: all at once they would be in the way of what the tiles wait for.
+/// Fetches `{lines}` cache lines of a panel from memory, and for the next call those of four rows and one of results from
+/// the second cache.
 macro_rules! fetch {
-    () => {
-        ".rept {lines} / 4
-        prefetcht1 [{next}]
-        add {next}, 64
-        .endr"
+    ($next:literal, $rows:literal) => {
+        concat!(
+            ".rept {lines}\nprefetcht1 [{",
+            $next,
+            "}]\nadd {",
+            $next,
+            "}, 64\n.endr\n",
+            "prefetcht0 [{x_next} + 4 * 64 * ",
+            $rows,
+            "]\n",
+            "prefetcht0 [{x_next} + 4 * 64 * ",
+            $rows,
+            " + 64]\n",
+            "prefetcht0 [{x_next} + 4 * 64 * ",
+            $rows,
+            " + 128]\n",
+            "prefetcht0 [{x_next} + 4 * 64 * ",
+            $rows,
+            " + 192]\n",
+            "prefetchw [{results_next}]\nadd {results_next}, 64\n",
+        )
     };
 }
 
-/// Bytes of a row of activations in a block, and of half a row of a panel or of results.
+/// Bytes of a row of activations in a block, of half a row of a panel, and of a quarter of one of results.
 const LINE: usize = BLOCK * size_of::<u16>();
-/// Bytes of 16 such rows of activations.
-const UPPER: usize = 16 * LINE;
 
 impl Call {
-    /// 32 rows. Every block fetches `LINES` cache lines.
+    /// Two panels. Every block fetches four times `LINES` cache lines of the panels, in turns of each's and between what the
+    /// tiles wait for. That is half as many again as a block of both has: memory is read fastest when some lines are asked for
+    /// twice.
     ///
     /// # Safety
-    /// The pointers must be valid for `depth` blocks of 32 rows and of the panel, and for 32 rows of results.
+    /// The pointers must be valid for `depth` blocks of 16 rows and of both panels, and for 16 rows of results with each.
     #[inline(always)]
-    unsafe fn whole<const LINES: usize>(self, _: &Tiles) {
-        let lower = self.results.wrapping_add(SQUARE / 2 * NR);
+    unsafe fn pair<const LINES: usize>(self, _: &Tiles) {
         // SAFETY: whoever has `Tiles` has configured eight tiles of 16 rows of 64 bytes on this thread; the caller
         // answers for the pointers. The compiler itself never uses tile registers.
         unsafe {
@@ -174,53 +198,58 @@ impl Call {
                 "tilezero tmm3",
                 "jmp 3f",
                 "2:",
-                "tileloadd tmm0, [{upper} + {line} * 2]",
-                "tileloadd tmm1, [{upper} + {line} * 2 + 64]",
-                "tileloadd tmm2, [{lower} + {line} * 2]",
-                "tileloadd tmm3, [{lower} + {line} * 2 + 64]",
+                "tileloadd tmm0, [{results} + {line} * 4]",
+                "tileloadd tmm1, [{results} + {line} * 4 + 64]",
+                "tileloadd tmm2, [{results} + {line} * 4 + 128]",
+                "tileloadd tmm3, [{results} + {line} * 4 + 192]",
                 "3:",
-                "tileloadd tmm6, [{w} + {line} * 2]",
-                fetch!(),
                 "tileloadd tmm4, [{x} + {line}]",
-                fetch!(),
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w} + {line} * 2 + 64]",
-                fetch!(),
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{x} + {line} + {upper_rows}]",
-                fetch!(),
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                "tileloadd tmm5, [{w} + {line} * 2]",
+                fetch!("next", 0),
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{w} + {line} * 2 + 64]",
+                fetch!("next", 1),
+                "tdpbf16ps tmm1, tmm4, tmm6",
+                "tileloadd tmm7, [{w2} + {line} * 2]",
+                fetch!("next2", 2),
+                "tdpbf16ps tmm2, tmm4, tmm7",
+                "tileloadd tmm5, [{w2} + {line} * 2 + 64]",
+                fetch!("next2", 3),
+                "tdpbf16ps tmm3, tmm4, tmm5",
                 "add {w}, 2048",
+                "add {w2}, 2048",
                 "add {x}, {x_block}",
+                "add {x_next}, {x_block}",
                 "dec {depth}",
                 "jnz 3b",
-                "tilestored [{upper} + {line} * 2], tmm0",
-                "tilestored [{upper} + {line} * 2 + 64], tmm1",
-                "tilestored [{lower} + {line} * 2], tmm2",
-                "tilestored [{lower} + {line} * 2 + 64], tmm3",
+                "tilestored [{results} + {line} * 4], tmm0",
+                "tilestored [{results} + {line} * 4 + 64], tmm1",
+                "tilestored [{results} + {line} * 4 + 128], tmm2",
+                "tilestored [{results} + {line} * 4 + 192], tmm3",
                 lines = const LINES,
                 accumulate = in(reg) u32::from(self.accumulate),
-                upper = in(reg) self.results,
-                lower = in(reg) lower,
+                results = in(reg) self.results,
                 line = in(reg) LINE,
                 w = inout(reg) self.w => _,
+                w2 = inout(reg) self.w.wrapping_add(self.panel_len) => _,
                 x = inout(reg) self.x => _,
+                x_next = inout(reg) self.x_next => _,
+                results_next = inout(reg) self.results_next => _,
                 x_block = in(reg) self.x_block,
-                upper_rows = const UPPER,
                 depth = inout(reg) self.depth => _,
                 next = inout(reg) self.next => _,
+                next2 = inout(reg) self.next.wrapping_add(self.panel_len) => _,
                 options(nostack),
             );
         }
     }
 
-    /// Like [`Self::whole`] for 16 rows.
+    /// Like [`Self::pair`] for a last panel without a second, which is not worth fetching for.
     ///
     /// # Safety
-    /// As there, of 16 rows.
+    /// As there, of one panel.
     #[inline(always)]
-    unsafe fn half<const LINES: usize>(self, _: &Tiles) {
+    unsafe fn single(self, _: &Tiles) {
         // SAFETY: as there.
         unsafe {
             asm!(
@@ -230,25 +259,21 @@ impl Call {
                 "tilezero tmm1",
                 "jmp 3f",
                 "2:",
-                "tileloadd tmm0, [{results} + {line} * 2]",
-                "tileloadd tmm1, [{results} + {line} * 2 + 64]",
+                "tileloadd tmm0, [{results} + {line} * 4]",
+                "tileloadd tmm1, [{results} + {line} * 4 + 64]",
                 "3:",
-                fetch!(),
-                "tileloadd tmm6, [{w} + {line} * 2]",
-                fetch!(),
                 "tileloadd tmm4, [{x} + {line}]",
-                fetch!(),
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w} + {line} * 2 + 64]",
-                fetch!(),
-                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{w} + {line} * 2]",
+                ".rept 8\nprefetcht1 [{next}]\nadd {next}, 64\n.endr",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{w} + {line} * 2 + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm6",
                 "add {w}, 2048",
                 "add {x}, {x_block}",
                 "dec {depth}",
                 "jnz 3b",
-                "tilestored [{results} + {line} * 2], tmm0",
-                "tilestored [{results} + {line} * 2 + 64], tmm1",
-                lines = const LINES,
+                "tilestored [{results} + {line} * 4], tmm0",
+                "tilestored [{results} + {line} * 4 + 64], tmm1",
                 accumulate = in(reg) u32::from(self.accumulate),
                 results = in(reg) self.results,
                 line = in(reg) LINE,
