@@ -142,7 +142,7 @@ impl CausalLm {
         layout: &StepLayout,
         (kv, entropy_t): (&mut KvCache, Option<&mut Vec<f32>>),
     ) -> Result<Tensor> {
-        let (mut q, mut k, mut v) = (a.q.forward(x)?, a.k.forward(x)?, a.v.forward(x)?);
+        let [mut q, mut k, mut v] = Linear::forward_all([&a.q, &a.k, &a.v], x)?;
         if let (Some(q_norm), Some(k_norm)) = (&a.q_norm, &a.k_norm) {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }

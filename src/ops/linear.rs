@@ -49,13 +49,31 @@ impl Linear {
     /// `x [T, I] → [T, O]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.weight {
-            Weight::Cpu(w) => cpu::linear(x, w, self.bias.as_ref()),
+            Weight::Cpu(w) => {
+                let [y] = cpu::linears(x, [(w, self.bias.as_ref())])?;
+                Ok(y)
+            }
             #[cfg(feature = "cuda")]
             Weight::Cuda(w) => match &self.bias {
                 Some(bias) => w.forward(x)?.broadcast_add(bias),
                 None => w.forward(x),
             },
         }
+    }
+
+    /// What each of several projections makes of `x [T, I]`.
+    pub fn forward_all<const N: usize>(of: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        #[cfg(feature = "cuda")]
+        if of.iter().any(|linear| matches!(linear.weight, Weight::Cuda(_))) {
+            let y: Vec<_> = of.iter().map(|linear| linear.forward(x)).collect::<Result<_>>()?;
+            return Ok(y.try_into().expect("one of each projection"));
+        }
+        let packed = of.map(|linear| match &linear.weight {
+            Weight::Cpu(w) => (w, linear.bias.as_ref()),
+            #[cfg(feature = "cuda")]
+            Weight::Cuda(_) => unreachable!("returned above"),
+        });
+        cpu::linears(x, packed)
     }
 
     /// Rows of W: `[rows, I]`. They must be there.

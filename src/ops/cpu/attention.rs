@@ -64,11 +64,14 @@ impl<W: Copy + Default> Pair<W> {
 trait Element: Copy + Send + Sync + Sized {
     fn narrow(x: f32) -> Self;
     fn widen(self) -> f32;
+    /// [`narrow_body`] compiled for this processor.
+    fn narrow_all(x: &[f32], to: &mut [Self]);
     /// [`widen_body`] compiled for this processor.
     fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]);
 }
 
 impl Element for f32 {
+    #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
     }
@@ -76,18 +79,25 @@ impl Element for f32 {
     fn widen(self) -> f32 {
         self
     }
+    fn narrow_all(x: &[f32], to: &mut [Self]) {
+        narrow_f32(x, to);
+    }
     fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
         widen_f32(runs, to);
     }
 }
 
 impl Element for bf16 {
+    #[inline(always)]
     fn narrow(x: f32) -> Self {
         bf16::from_bits(bf16_bits(x))
     }
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    fn narrow_all(x: &[f32], to: &mut [Self]) {
+        narrow_bf16(x, to);
     }
     fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
         widen_bf16(runs, to);
@@ -112,6 +122,9 @@ impl Element for f16 {
         };
         f32::from_bits(sign | magnitude)
     }
+    fn narrow_all(x: &[f32], to: &mut [Self]) {
+        narrow_f16(x, to);
+    }
     fn widen_runs(runs: &Runs<'_, Self>, to: &mut [f32]) {
         widen_f16(runs, to);
     }
@@ -124,6 +137,15 @@ struct Runs<'a, E> {
     to_stride: usize,
     len: usize,
     count: usize,
+}
+
+multiversion!(fn narrow_f32(x: &[f32], to: &mut [f32]) = narrow_body);
+multiversion!(fn narrow_bf16(x: &[f32], to: &mut [bf16]) = narrow_body);
+multiversion!(fn narrow_f16(x: &[f32], to: &mut [f16]) = narrow_body);
+
+#[inline(always)]
+fn narrow_body<E: Element>(x: &[f32], to: &mut [E]) {
+    x.iter().zip(to).for_each(|(x, to)| *to = E::narrow(*x));
 }
 
 multiversion!(fn widen_f32(runs: &Runs<'_, f32>, to: &mut [f32]) = widen_body);
@@ -242,6 +264,9 @@ fn mean(values: &[f32]) -> f32 {
     values.iter().sum::<f32>() / values.len() as f32
 }
 
+/// Dimensions of a head that are narrowed at a time.
+const DIMS: usize = 64;
+
 /// Where a head's rows lie in a layer.
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -286,22 +311,30 @@ impl Place {
         for_each(parts.len(), 2 * t * row * FLOPS_PER_COPY, |item| {
             let (segment, part, t) = &parts[item];
             for head in 0..self.kv_heads {
-                let (block, slot) = (self.block(segment, part.start, head), part.start % self.block_size);
+                let block = self.block(segment, part.start, head);
                 // SAFETY: items have different blocks.
                 let [k_out, v_out] = [k_out, v_out]
                     .map(|out| unsafe { std::slice::from_raw_parts_mut(out.from(block), self.block_len()) });
-                for (i, slot) in (slot..slot + part.len()).enumerate() {
+                for (i, slot) in (part.start % self.block_size..).take(part.len()).enumerate() {
                     let at = (t + i) * row + head * hd;
-                    let (k, v) = (&k[at..at + hd], &v[at..at + hd]);
-                    if self.pairs {
-                        let to = k_out.as_chunks_mut::<2>().0[slot..].iter_mut().step_by(self.block_size);
-                        to.zip(k.as_chunks::<2>().0).for_each(|(to, k)| *to = k.map(E::narrow));
-                        let to = v_out[slot / 2 * 2 * hd..].as_chunks_mut::<2>().0;
-                        to.iter_mut().zip(v).for_each(|(to, v)| to[slot % 2] = E::narrow(*v));
-                    } else {
-                        let to = k_out[slot..].iter_mut().step_by(self.block_size);
-                        to.zip(k).for_each(|(to, k)| *to = E::narrow(*k));
-                        v_out[slot * hd..].iter_mut().zip(v).for_each(|(to, v)| *to = E::narrow(*v));
+                    for start in (0..hd).step_by(DIMS) {
+                        let dims = start..hd.min(start + DIMS);
+                        let mut narrowed = [[E::narrow(0.0); DIMS]; 2];
+                        let [k, v] = [k, v].map(|x| &x[at + dims.start..at + dims.end]);
+                        E::narrow_all(k, &mut narrowed[0]);
+                        E::narrow_all(v, &mut narrowed[1]);
+                        let [k, v] = narrowed.each_ref().map(|x| &x[..dims.len()]);
+                        if self.pairs {
+                            let to = &mut k_out.as_chunks_mut::<2>().0[start / 2 * self.block_size + slot..];
+                            let to = to.iter_mut().step_by(self.block_size);
+                            to.zip(k.as_chunks::<2>().0).for_each(|(to, k)| *to = *k);
+                            let to = v_out[slot / 2 * 2 * hd..].as_chunks_mut::<2>().0[dims].iter_mut();
+                            to.zip(v).for_each(|(to, v)| to[slot % 2] = *v);
+                        } else {
+                            let to = k_out[start * self.block_size + slot..].iter_mut().step_by(self.block_size);
+                            to.zip(k).for_each(|(to, k)| *to = *k);
+                            v_out[slot * hd..][dims].copy_from_slice(v);
+                        }
                     }
                 }
             }

@@ -3,7 +3,7 @@
 
 use super::elementwise::{add_bias, add_to};
 use super::isa::multiversion;
-use super::kernel::{PANELS_PER_ITEM, counted_rows, matmul, products};
+use super::kernel::{PANELS_PER_ITEM, counted_rows, matmuls, products};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
 use super::rows::{Form, RowBuffer, Rows};
@@ -179,7 +179,7 @@ pub(crate) fn feed_forward(x: &Tensor, net: &PackedFfn) -> Result<Tensor> {
             });
         });
     })?;
-    let mut y = matmul(h.rows(), &net.down);
+    let [mut y] = matmuls(h.rows(), [&net.down]);
     if let Some(bias) = &net.down_bias {
         add_bias(&mut y, bias);
     }

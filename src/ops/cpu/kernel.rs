@@ -12,12 +12,11 @@ mod amx;
 pub(super) mod avx512;
 mod plain;
 
-use super::elementwise::written;
 use super::isa::Isa;
 use super::pack::{Data, NR, PackedMatrix};
 use super::quants::Product;
 use super::rows::{Form, Rows};
-use super::{ITEMS_PER_THREAD, for_each};
+use super::{ITEMS_PER_THREAD, SharedOut, for_each};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -39,29 +38,39 @@ fn rows_max(inputs: usize) -> usize {
     (INPUTS / inputs.max(1) / 16 * 16).clamp(64, ROWS_MAX)
 }
 
-/// `y [M, O] = x [M, I] · wᵀ`.
-pub(super) fn matmul(x: Rows<'_>, w: &PackedMatrix) -> Vec<f32> {
-    let (rows, outputs) = (x.len(), w.outputs());
-    let panels = outputs.div_ceil(NR);
-    let groups = panels.div_ceil(PANELS_PER_ITEM);
+/// `y [M, O] = x [M, I] · wᵀ` for each of several w of one width and form.
+pub(super) fn matmuls<const N: usize>(x: Rows<'_>, w: [&PackedMatrix; N]) -> [Vec<f32>; N] {
+    let (rows, inputs) = (x.len(), x.width());
+    let outputs: usize = w.iter().map(|w| w.outputs()).sum();
+    let groups_of = |w: &PackedMatrix| w.outputs().div_ceil(PANELS_PER_ITEM * NR);
+    let groups: usize = w.iter().map(|w| groups_of(w)).sum();
     // Few outputs, a gate's, are cut by rows too.
     let parts = (ITEMS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));
-    let each = rows.div_ceil(parts).max(1).next_multiple_of(ROWS_PER_ITEM_MIN).min(rows_max(w.inputs()));
+    let each = rows.div_ceil(parts).max(1).next_multiple_of(ROWS_PER_ITEM_MIN).min(rows_max(inputs));
     let parts = rows.div_ceil(each);
-    let flops = 2 * counted_rows(rows, Form::of(w)) * outputs * w.inputs();
-    // SAFETY: items write disjoint columns of some rows, and together all.
-    unsafe {
-        written(rows * outputs, |out| {
-            for_each(groups * parts, flops, |item| {
-                // All panels with some rows, which stay in a cache, and then with the next ones.
-                let first = item % groups * PANELS_PER_ITEM;
-                let last = panels.min(first + PANELS_PER_ITEM);
-                let row = item / groups * each;
-                let x = x.slice(row..rows.min(row + each));
-                multiply(x, w, first..last, out.from(row * outputs + first * NR), outputs, None);
-            });
-        })
+    let flops = 2 * counted_rows(rows, x.form()) * inputs * outputs;
+    let mut y = w.map(|w| Vec::with_capacity(rows * w.outputs()));
+    let out = y.each_mut().map(SharedOut::unwritten);
+    for_each(groups * parts, flops, |item| {
+        // All panels with some rows, which stay in a cache, and then with the next ones.
+        let (mut group, row) = (item % groups, item / groups * each);
+        let x = x.slice(row..rows.min(row + each));
+        for (w, out) in w.iter().zip(out) {
+            if group < groups_of(w) {
+                let first = group * PANELS_PER_ITEM;
+                let panels = first..w.outputs().div_ceil(NR).min(first + PANELS_PER_ITEM);
+                let at = row * w.outputs() + first * NR;
+                // SAFETY: items write disjoint columns of some rows.
+                return unsafe { multiply(x, w, panels, out.from(at), w.outputs(), None) };
+            }
+            group -= groups_of(w);
+        }
+    });
+    for (y, w) in y.iter_mut().zip(w) {
+        // SAFETY: the capacity is there, and items together have written all of it.
+        unsafe { y.set_len(rows * w.outputs()) };
     }
+    y
 }
 
 /// Products of all rows of `x` with panels `panels` of `w`, to `each`, some of a row's at a time: with the row's number and

@@ -44,17 +44,30 @@ pub(super) fn with_f32<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> 
     }
 }
 
-/// `x [T, I] → [T, O]`, with `bias [O]` added where there is one.
-pub(super) fn linear(x: &Tensor, w: &PackedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+/// `x [T, I] → [T, O]` for each of several matrices, with `bias [O]` added where there is one.
+pub(super) fn linears<const N: usize>(x: &Tensor, of: [(&PackedMatrix, Option<&Tensor>); N]) -> Result<[Tensor; N]> {
     let (tokens, inputs) = x.dims2()?;
-    if inputs != w.inputs() {
+    let w = of.map(|(w, _)| w);
+    if let Some(w) = w.iter().find(|w| w.inputs() != inputs) {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
-    let mut y = with_f32(x, |x| in_form_of(w, x, |x| kernel::matmul(x, w)))?;
-    if let Some(bias) = bias {
-        with_f32(bias, |bias| elementwise::add_bias(&mut y, bias))?;
+    let mut y = with_f32(x, |x| {
+        if w.windows(2).all(|pair| Form::of(pair[0]) == Form::of(pair[1])) {
+            in_form_of(w[0], x, |x| kernel::matmuls(x, w))
+        } else {
+            w.map(|w| {
+                let [y] = in_form_of(w, x, |x| kernel::matmuls(x, [w]));
+                y
+            })
+        }
+    })?;
+    for (y, (_, bias)) in y.iter_mut().zip(of) {
+        if let Some(bias) = bias {
+            with_f32(bias, |bias| elementwise::add_bias(y, bias))?;
+        }
     }
-    Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu)
+    let y = y.into_iter().zip(w).map(|(y, w)| Tensor::from_vec(y, (tokens, w.outputs()), &Device::Cpu));
+    Ok(y.collect::<Result<Vec<_>>>()?.try_into().expect("one of each matrix"))
 }
 
 /// Lends rows `x` in the form that products with `w` read.

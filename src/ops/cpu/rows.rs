@@ -119,6 +119,10 @@ impl<'a> Rows<'a> {
         self.width
     }
 
+    pub(super) fn form(&self) -> Form {
+        self.form
+    }
+
     /// Elements from row to row, of the same block.
     pub(super) fn row_stride(&self) -> usize {
         self.form.row_stride(self.stride)
