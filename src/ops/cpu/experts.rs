@@ -3,10 +3,10 @@
 
 use super::elementwise::{add_bias, add_to};
 use super::isa::multiversion;
-use super::kernel::{PANELS_PER_ITEM, counted_rows, matmuls, products};
+use super::kernel::{PANELS_PER_ITEM, counted_rows, matmuls, products, rows_max};
 use super::math;
 use super::pack::{NR, PackedMatrix, Packing};
-use super::rows::{Form, RowBuffer, Rows};
+use super::rows::{Form, Gather, RowBuffer, Rows};
 use super::{ITEMS_PER_THREAD, SharedOut, for_each, in_form_of, with_f32};
 use crate::moe::Routing;
 use crate::ops::{HostFfn, HostTensor};
@@ -199,22 +199,29 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
     }
     let (first, rows) = (&experts[0], routing.rows());
     let active: Vec<usize> = (0..experts.len()).filter(|&e| !routing.expert_rows(e).is_empty()).collect();
+    // Some rows of an expert, as many as one multiplies at a time.
+    let blocks: Vec<(usize, Range<usize>)> =
+        active.iter().flat_map(|&e| parts_of(routing.expert_rows(e), rows_max(d)).map(move |rows| (e, rows))).collect();
 
-    // x [R, D] and h [R, F]: rows sorted by expert, so every expert's rows are one block.
-    let gathered = with_f32(x, |x| in_form_of(&first.inner, x, |x| RowBuffer::gathered(x, routing.token_r())))?;
+    // h [R, F]: rows sorted by expert, so every expert's rows are one block.
     let h = RowBuffer::new(Form::of(&first.down), rows, first.width);
     let counted: usize =
         active.iter().map(|&e| counted_rows(routing.expert_rows(e).len(), Form::of(&first.inner))).sum();
-    let items = Items::of(first.hidden_panels(), first.hidden_panels_max(), active.len(), ITEMS_PER_THREAD);
-    for_each(active.len() * items.len(), first.hidden_flops(counted, d), |item| {
-        let of = |item: usize| active.get(item / items.len()).map(|&e| (e, items.panels(item % items.len())));
-        let Some((e, panels)) = of(item) else { return };
-        let next = of(item + 1).map(|(e, panels)| (&experts[e], panels.start));
-        let rows = routing.expert_rows(e);
-        // SAFETY: items write disjoint columns of disjoint row blocks.
-        unsafe { experts[e].hidden(gathered.rows().slice(rows.clone()), panels, (&h, rows.start), next) };
-    });
-    drop(gathered);
+    let items = Items::of(first.hidden_panels(), first.hidden_panels_max(), blocks.len(), ITEMS_PER_THREAD);
+    with_f32(x, |x| {
+        in_form_of(&first.inner, x, |x| {
+            let gather = Gather::new(x);
+            for_each(blocks.len() * items.len(), first.hidden_flops(counted, d), |item| {
+                let of = |item: usize| Some((blocks.get(item / items.len())?, items.panels(item % items.len())));
+                let Some(((e, rows), panels)) = of(item) else { return };
+                let next = of(item + 1).map(|((e, _), panels)| (&experts[*e], panels.start));
+                gather.with(item / items.len(), &routing.token_r()[rows.clone()], |x| {
+                    // SAFETY: items write disjoint columns of disjoint row blocks.
+                    unsafe { experts[*e].hidden(x, panels, (&h, rows.start), next) }
+                });
+            });
+        });
+    })?;
 
     // A work item has its columns of all experts, one after the other, and so of every token's sum, whose order is thus
     // the same whatever else is in the step.
@@ -239,6 +246,12 @@ pub(crate) fn grouped_experts(x: &Tensor, experts: &[PackedFfn], routing: &Routi
         }
     });
     Tensor::from_vec(sums, (tokens, d), &Device::Cpu)
+}
+
+/// `rows` in as few parts of at most `max` as there may be, of about the same length.
+fn parts_of(rows: Range<usize>, max: usize) -> impl Iterator<Item = Range<usize>> {
+    let each = rows.len().div_ceil(rows.len().div_ceil(max)).next_multiple_of(16);
+    rows.clone().step_by(each).map(move |start| start..rows.end.min(start + each))
 }
 
 /// Work items of outputs for each thread: every one reads all of h, and so they are few,

@@ -33,7 +33,7 @@ const ROWS_PER_ITEM_MIN: usize = 48;
 const ROWS_MAX: usize = 256;
 
 /// As many of them as take half of a second-level cache if they are of bf16 and have `inputs` inputs.
-fn rows_max(inputs: usize) -> usize {
+pub(super) fn rows_max(inputs: usize) -> usize {
     const INPUTS: usize = (1 << 20) / 2;
     (INPUTS / inputs.max(1) / 16 * 16).clamp(64, ROWS_MAX)
 }

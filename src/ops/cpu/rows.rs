@@ -4,9 +4,10 @@ use super::SharedOut;
 use super::aligned::Aligned;
 use super::isa::{Isa, multiversion};
 use super::pack::{BLOCK, Data, PackedMatrix};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// What a product reads of its activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,23 +196,36 @@ const STORED_MAX: usize = 4;
 impl RowBuffer {
     /// For `[len, width]` elements, which must be written before they are read.
     pub(super) fn new(form: Form, len: usize, width: usize) -> Self {
-        let (stride, words) = match form {
+        let (_, words) = Self::extent(form, len, width);
+        let stored = STORE.with_borrow_mut(|store| {
+            let fits = store.iter().position(|stored| stored.len() >= words);
+            fits.map(|at| store.swap_remove(at))
+        });
+        Self::within(stored.unwrap_or_default(), form, len, width)
+    }
+
+    /// [`Self::new`] in `words`, or in others if these are too few.
+    fn within(mut words: Aligned<u32>, form: Form, len: usize, width: usize) -> Self {
+        let (stride, needed) = Self::extent(form, len, width);
+        if words.len() < needed {
+            words = Aligned::zeroed(needed);
+        }
+        let start = words.as_mut_ptr().cast();
+        let mut buffer = Self { words, start, form, len, stride, width };
+        buffer.clear_ends();
+        buffer
+    }
+
+    /// The stride of such a buffer, and its words.
+    fn extent(form: Form, len: usize, width: usize) -> (usize, usize) {
+        match form {
             Form::F32 => (width, len * width),
             Form::Bf16 | Form::Bytes => {
                 // An odd number of cache lines: were blocks a multiple of 4 KB apart, they would share a set of the cache.
                 let stride = ((len + SPARE_ROWS) | 1) * BLOCK;
                 (stride, width.div_ceil(BLOCK) * stride / 2)
             }
-        };
-        let stored = STORE.with_borrow_mut(|store| {
-            let fits = store.iter().position(|stored| stored.len() >= words);
-            fits.map(|at| store.swap_remove(at))
-        });
-        let mut words = stored.unwrap_or_else(|| Aligned::zeroed(words));
-        let start = words.as_mut_ptr().cast();
-        let mut buffer = Self { words, start, form, len, stride, width };
-        buffer.clear_ends();
-        buffer
+        }
     }
 
     /// Whether rows of `width` go into it, in this form.
@@ -227,37 +241,6 @@ impl RowBuffer {
             for row in first..buffer.len.min(first + ROWS_PER_ITEM) {
                 // SAFETY: items write disjoint rows.
                 unsafe { buffer.write(row, 0, &x[row * width..(row + 1) * width]) };
-            }
-        });
-        buffer
-    }
-
-    /// Rows `from` of `x`, in that order.
-    pub(super) fn gathered(x: Rows<'_>, from: &[u32]) -> Self {
-        /// Of a block.
-        type Line = [u16; BLOCK];
-        let buffer = Self::new(x.form, from.len(), x.width);
-        let (blocks, whole) = match x.form {
-            Form::F32 => (1, x.width * x.form.bytes()),
-            Form::Bf16 | Form::Bytes => (x.width.div_ceil(BLOCK), size_of::<Line>()),
-        };
-        let items = from.len().div_ceil(ROWS_PER_ITEM);
-        super::for_each(items, from.len() * x.width * FLOPS_PER_COPY, |item| {
-            let first = item * ROWS_PER_ITEM;
-            for at in 0..blocks {
-                for (row, &from) in from.iter().enumerate().skip(first).take(ROWS_PER_ITEM) {
-                    let (from, to) = (x.block(at, from as usize), buffer.rows().block(at, row));
-                    // SAFETY: these are blocks of rows within their buffers; items write disjoint rows of one that is
-                    // not shared yet.
-                    unsafe {
-                        if whole == size_of::<Line>() {
-                            // Of a length the compiler knows, without a call.
-                            to.cast_mut().cast::<Line>().write_unaligned(from.cast::<Line>().read_unaligned());
-                        } else {
-                            std::ptr::copy_nonoverlapping(from, to.cast_mut(), whole);
-                        }
-                    }
-                }
             }
         });
         buffer
@@ -323,6 +306,9 @@ unsafe impl Sync for RowBuffer {}
 impl Drop for RowBuffer {
     fn drop(&mut self) {
         let words = std::mem::take(&mut self.words);
+        if words.is_empty() {
+            return;
+        }
         // At the thread's end the store may be gone before a buffer that the thread has kept.
         let _ = STORE.try_with(|store| {
             let mut store = store.borrow_mut();
@@ -332,6 +318,65 @@ impl Drop for RowBuffer {
                 store.truncate(STORED_MAX);
             }
         });
+    }
+}
+
+/// Rows of a matrix in another order, some at a time. Threads put them together for themselves: what is multiplied over
+/// and over then lies in a cache of their own core.
+pub(super) struct Gather<'a> {
+    x: Rows<'a>,
+    id: u64,
+}
+
+thread_local! {
+    /// What the thread has put together last: of which gather, and which part.
+    static GATHERED: Cell<Option<(u64, usize, RowBuffer)>> = const { Cell::new(None) };
+}
+
+impl<'a> Gather<'a> {
+    /// Rows of `x`.
+    pub(super) fn new(x: Rows<'a>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { x, id: NEXT.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// Calls `f` with rows `from`, in that order; `part` must stand for the same ones always. A thread that asks for the
+    /// part it had last has it still.
+    pub(super) fn with(&self, part: usize, from: &[u32], f: impl FnOnce(Rows<'_>)) {
+        let buffer = match GATHERED.take() {
+            Some((id, held, buffer)) if (id, held) == (self.id, part) => buffer,
+            other => {
+                let words = other.map(|(_, _, mut buffer)| std::mem::take(&mut buffer.words)).unwrap_or_default();
+                let buffer = RowBuffer::within(words, self.x.form, from.len(), self.x.width);
+                self.copy(from, &buffer);
+                buffer
+            }
+        };
+        f(buffer.rows());
+        GATHERED.set(Some((self.id, part, buffer)));
+    }
+
+    fn copy(&self, from: &[u32], to: &RowBuffer) {
+        /// Of a block.
+        type Line = [u16; BLOCK];
+        let (blocks, whole) = match self.x.form {
+            Form::F32 => (1, self.x.width * self.x.form.bytes()),
+            Form::Bf16 | Form::Bytes => (self.x.width.div_ceil(BLOCK), size_of::<Line>()),
+        };
+        for at in 0..blocks {
+            for (row, &from) in from.iter().enumerate() {
+                let (from, to) = (self.x.block(at, from as usize), to.rows().block(at, row));
+                // SAFETY: these are blocks of rows within their buffers, of which the other is not shared yet.
+                unsafe {
+                    if whole == size_of::<Line>() {
+                        // Of a length the compiler knows, without a call.
+                        to.cast_mut().cast::<Line>().write_unaligned(from.cast::<Line>().read_unaligned());
+                    } else {
+                        std::ptr::copy_nonoverlapping(from, to.cast_mut(), whole);
+                    }
+                }
+            }
+        }
     }
 }
 
