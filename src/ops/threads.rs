@@ -34,6 +34,7 @@ const AWAKE: Duration = Duration::from_micros(200);
 
 /// Runs `f`, which is a step or several, on a thread of the pool, while the others stay awake.
 pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    keep_freed_memory();
     let done = AtomicBool::new(false);
     rayon::scope(|scope| {
         let own = rayon::current_thread_index();
@@ -47,6 +48,23 @@ pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
         f()
     })
 }
+
+/// Lets the process keep what activations give back: the next ones take the same. Else the C library returns much of it
+/// to the system after every operation, and with long prompts a tenth of a step goes into pages that come again as zeros.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_freed_memory() {
+    /// The most that the library allows: what is larger goes back as soon as it is freed.
+    const MMAP_THRESHOLD: libc::c_int = 32 << 20;
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    // SAFETY: the settings hold for what is allocated from now on, on all threads; a refusal does no harm.
+    ONCE.call_once(|| unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+    });
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_freed_memory() {}
 
 /// Does what work there is until `done`, or until there was none for a while.
 fn keep_awake(done: &AtomicBool) {

@@ -51,16 +51,10 @@ pub(super) fn linears<const N: usize>(x: &Tensor, of: [(&PackedMatrix, Option<&T
     if let Some(w) = w.iter().find(|w| w.inputs() != inputs) {
         candle_core::bail!("a projection of {} inputs was given {inputs}", w.inputs());
     }
-    let mut y = with_f32(x, |x| {
-        if w.windows(2).all(|pair| Form::of(pair[0]) == Form::of(pair[1])) {
-            in_form_of(w[0], x, |x| kernel::matmuls(x, w))
-        } else {
-            w.map(|w| {
-                let [y] = in_form_of(w, x, |x| kernel::matmuls(x, [w]));
-                y
-            })
-        }
-    })?;
+    if w.windows(2).any(|pair| Form::of(pair[0]) != Form::of(pair[1])) {
+        candle_core::bail!("projections of the same rows are packed in different ways");
+    }
+    let mut y = with_f32(x, |x| in_form_of(w[0], x, |x| kernel::matmuls(x, w)))?;
     for (y, (_, bias)) in y.iter_mut().zip(of) {
         if let Some(bias) = bias {
             with_f32(bias, |bias| elementwise::add_bias(y, bias))?;

@@ -524,6 +524,29 @@ mod tests {
     }
 
     #[test]
+    fn gathered_rows_are_those_asked_for_whatever_the_thread_had_before() {
+        const WIDTH: usize = 40;
+        let x = [0, 100].map(|first| (0..5 * WIDTH).map(|i| (first + i % 77) as f32).collect::<Vec<f32>>());
+        let rounded = x.each_ref().map(|x| RowBuffer::rounded(Form::Bf16, x, WIDTH));
+        let gathers = rounded.each_ref().map(|buffer| Gather::new(buffer.rows()));
+        for (of, part, from) in
+            [(0, 0, [3, 1]), (0, 0, [3, 1]), (1, 0, [3, 1]), (1, 1, [0, 4]), (0, 1, [2, 2]), (0, 0, [3, 1])]
+        {
+            gathers[of].with(part, &from, |rows| {
+                assert_eq!((rows.len(), rows.width()), (2, WIDTH));
+                for (row, from) in from.into_iter().enumerate() {
+                    for i in 0..WIDTH {
+                        let at = i / BLOCK * rows.block_stride() + row * rows.row_stride() + i % BLOCK;
+                        // SAFETY: the element is in the row.
+                        let found = bf16::from_bits(unsafe { *rows.bf16().add(at) }).to_f32();
+                        assert_eq!(found, x[of][from as usize * WIDTH + i], "element {i} of row {from} of {of}");
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
     fn rows_end_in_zeros_whatever_the_memory_held_before() {
         drop(RowBuffer::rounded(Form::Bf16, &[f32::NAN; 40 * 64], 64));
         let x: Vec<f32> = (0..3 * 37).map(|x| x as f32).collect();

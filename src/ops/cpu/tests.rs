@@ -207,6 +207,25 @@ fn large_products_on_all_threads_agree_with_the_reference() {
 }
 
 #[test]
+fn projections_of_the_same_rows_together_are_those_alone() {
+    let (i, widths) = (70, [200, 33, 1]);
+    let bias = HostTensor::from_f32(&[33], &numbers(5, 33));
+    for dtype in [DType::F32, DType::BF16] {
+        let linear =
+            |o: usize| Linear::new(&weights(o as u64, o, i), (o == 33).then_some(&bias), &Backend::cpu(dtype)).unwrap();
+        let linears = widths.map(linear);
+        for rows in [1, 7, 300] {
+            let x = tensor(numbers(8, rows * i), rows);
+            let together = Linear::forward_all(linears.each_ref(), &x).unwrap();
+            for (linear, y) in linears.iter().zip(together) {
+                let alone = host_f32(&linear.forward(&x).unwrap()).unwrap();
+                assert_eq!(host_f32(&y).unwrap(), alone, "{dtype:?}, {rows} rows, {:?}", y.shape());
+            }
+        }
+    }
+}
+
+#[test]
 fn norms_agree_with_the_reference_on_rows_and_heads() {
     for (rows, heads, width) in [(3, 1, 100), (5, 4, 24), (1, 1, 1)] {
         let x = numbers(1, rows * heads * width);
