@@ -50,7 +50,8 @@ pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
 }
 
 /// Lets the process keep what activations give back: the next ones take the same. Else the C library returns much of it
-/// to the system after every operation, and with long prompts a tenth of a step goes into pages that come again as zeros.
+/// to the system after every operation, and the next one waits for pages that come again as zeros. It is for steps, after
+/// weights are loaded: what loading frees does go back.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn keep_freed_memory() {
     /// The most that the library allows: what is larger goes back as soon as it is freed.

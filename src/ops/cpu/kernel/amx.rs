@@ -13,7 +13,7 @@ pub(super) const ROWS_MIN: usize = 5;
 /// Rows of a tile of activations or results.
 const ROWS: usize = 16;
 /// Tiles of rows whose results are kept at a time: with rows of 2,048 inputs these take half of a second-level cache.
-const TILES: usize = 16;
+const TILES: usize = super::ROWS_MAX / ROWS;
 /// Panels that are multiplied at a time, two tiles wide each: a tile of rows is loaded once for both, and memory follows
 /// two streams better than one.
 const PANELS: usize = super::TILED_PANELS;
@@ -105,22 +105,22 @@ unsafe fn multiply_panels(
                     x_next: x_at(next_row, next_block),
                     x_block: tile.x_block * size_of::<u16>(),
                     w: w.add(first * WORDS),
-                    panel_len: tile.panel_len,
+                    // A last panel without a second is multiplied twice; what comes of it the second time is not read.
+                    panel_len: if panels == PANELS { tile.panel_len } else { 0 },
                     depth,
                     results: results.add(row * ROWS * STRIDE),
                     results_next: results.add(next_row * ROWS * STRIDE),
                     accumulate: first > 0,
                     next: ahead.wrapping_add(row * depth * WORDS / rows),
                 };
-                match (panels, rows) {
-                    (PANELS, 1) => call.pair::<20>(tiles),
-                    (PANELS, 2) => call.pair::<12>(tiles),
-                    (PANELS, 3) => call.pair::<8>(tiles),
-                    (PANELS, 4) => call.pair::<6>(tiles),
-                    (PANELS, 5..=8) => call.pair::<3>(tiles),
-                    (PANELS, 9..=11) => call.pair::<2>(tiles),
-                    (PANELS, _) => call.pair::<1>(tiles),
-                    _ => call.single(tiles),
+                match rows {
+                    1 => call.multiply::<20>(tiles),
+                    2 => call.multiply::<12>(tiles),
+                    3 => call.multiply::<8>(tiles),
+                    4 => call.multiply::<6>(tiles),
+                    5..=8 => call.multiply::<3>(tiles),
+                    9..=11 => call.multiply::<2>(tiles),
+                    _ => call.multiply::<1>(tiles),
                 }
             }
         }
@@ -185,7 +185,7 @@ impl Call {
     /// # Safety
     /// The pointers must be valid for `depth` blocks of 16 rows and of both panels, and for 16 rows of results with each.
     #[inline(always)]
-    unsafe fn pair<const LINES: usize>(self, _: &Tiles) {
+    unsafe fn multiply<const LINES: usize>(self, _: &Tiles) {
         // SAFETY: whoever has `Tiles` has configured eight tiles of 16 rows of 64 bytes on this thread; the caller
         // answers for the pointers. The compiler itself never uses tile registers.
         unsafe {
@@ -239,49 +239,6 @@ impl Call {
                 depth = inout(reg) self.depth => _,
                 next = inout(reg) self.next => _,
                 next2 = inout(reg) self.next.wrapping_add(self.panel_len) => _,
-                options(nostack),
-            );
-        }
-    }
-
-    /// Like [`Self::pair`] for a last panel without a second, which is not worth fetching for.
-    ///
-    /// # Safety
-    /// As there, of one panel.
-    #[inline(always)]
-    unsafe fn single(self, _: &Tiles) {
-        // SAFETY: as there.
-        unsafe {
-            asm!(
-                "test {accumulate:e}, {accumulate:e}",
-                "jnz 2f",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "jmp 3f",
-                "2:",
-                "tileloadd tmm0, [{results} + {line} * 4]",
-                "tileloadd tmm1, [{results} + {line} * 4 + 64]",
-                "3:",
-                "tileloadd tmm4, [{x} + {line}]",
-                "tileloadd tmm5, [{w} + {line} * 2]",
-                ".rept 8\nprefetcht1 [{next}]\nadd {next}, 64\n.endr",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                "tileloadd tmm6, [{w} + {line} * 2 + 64]",
-                "tdpbf16ps tmm1, tmm4, tmm6",
-                "add {w}, 2048",
-                "add {x}, {x_block}",
-                "dec {depth}",
-                "jnz 3b",
-                "tilestored [{results} + {line} * 4], tmm0",
-                "tilestored [{results} + {line} * 4 + 64], tmm1",
-                accumulate = in(reg) u32::from(self.accumulate),
-                results = in(reg) self.results,
-                line = in(reg) LINE,
-                w = inout(reg) self.w => _,
-                x = inout(reg) self.x => _,
-                x_block = in(reg) self.x_block,
-                depth = inout(reg) self.depth => _,
-                next = inout(reg) self.next => _,
                 options(nostack),
             );
         }
