@@ -1,12 +1,10 @@
 //! What the engine offers: submit a request, read its events.
 
+pub use super::events::{EventSender, Events};
+
 use crate::types::{
     BudgetState, FinishReason, GenerateRequest, LimitError, Limits, RouterSpec, SpecError, TokenId, Usage,
 };
-use futures::Stream;
-use std::pin::Pin;
-use std::task::{Context, Poll};
-use tokio::sync::mpsc;
 
 /// Something that generates: the engine, or a scripted double in tests.
 pub trait Generate: Send + Sync {
@@ -128,48 +126,4 @@ pub struct TokenScore {
     pub rank: u32,
     /// The likeliest tokens and their log-probabilities, likeliest first.
     pub top: Vec<(TokenId, f32)>,
-}
-
-/// The events of one request. Its channel has room for all events the request can have, so that a client that
-/// reads slowly delays no one.
-#[derive(Debug)]
-pub struct Events {
-    receiver: mpsc::Receiver<Event>,
-}
-
-impl Events {
-    /// Events that come through `receiver`.
-    pub fn new(receiver: mpsc::Receiver<Event>) -> Self {
-        Self { receiver }
-    }
-
-    /// Waits for the next event on a thread that is not asynchronous; `None` after the last.
-    pub fn blocking_next(&mut self) -> Option<Event> {
-        self.receiver.blocking_recv()
-    }
-
-    /// Waits for the end of one completion on a thread that is not asynchronous: its text, why it ended, what it used.
-    ///
-    /// # Errors
-    /// The engine's message if it failed.
-    pub fn wait(mut self) -> Result<(String, FinishReason, Usage), String> {
-        let mut text = String::new();
-        while let Some(event) = self.blocking_next() {
-            match event {
-                Event::Prompt(_) => {}
-                Event::Text { text: more, .. } => text.push_str(&more),
-                Event::Done { reason, usage, .. } => return Ok((text, reason, usage)),
-                Event::Failed(message) => return Err(message),
-            }
-        }
-        Err("the engine stopped".into())
-    }
-}
-
-impl Stream for Events {
-    type Item = Event;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.receiver.poll_recv(cx)
-    }
 }

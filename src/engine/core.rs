@@ -434,7 +434,7 @@ impl Core {
         Ok(())
     }
 
-    /// Draws a token for every sequence that has reached its end and sends its text, all of them side by side.
+    /// Draws a token for every sequence that has reached its end and sends it, all of them side by side.
     fn draw(&mut self, rows: &[LogitRow], logits: &[f32], drawn: &mut Drawn) {
         let (vocab, metrics) = (self.model.shape().vocab, &self.metrics);
         let sampled = rows.iter().zip(logits.chunks_exact(vocab)).filter(|(row, _)| row.samples);

@@ -5,6 +5,7 @@
 pub mod api;
 mod budget;
 mod core;
+mod events;
 mod grammar;
 mod launch;
 mod metrics;

@@ -7,8 +7,21 @@ use crate::ops;
 use crate::types::{SamplingParams, TokenId};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
+
+thread_local! {
+    /// A thread's, so that no token needs memory of its own. Taken while in use: a thread may begin another draw.
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    /// Logits, then weights.
+    weights: Vec<f32>,
+    candidates: Vec<(TokenId, f64)>,
+}
 
 /// One request's sampling state. Its draws depend on its own seed and tokens alone.
 #[derive(Debug)]
@@ -33,17 +46,31 @@ impl Sampler {
         Self { params, rng: ChaCha8Rng::seed_from_u64(seed), generated: HashMap::new(), seen }
     }
 
-    /// Draws from `logits`, which it may change; tokens of `forbidden`, and those that `grammar` has no place for, are
-    /// never drawn.
+    /// Draws from `logits`; tokens of `forbidden`, and those that `grammar` has no place for, are never drawn.
     ///
     /// # Errors
     /// Nothing is left to draw, or the grammar failed; the message says which.
     pub(super) fn sample(
         &mut self,
-        logits: &mut [f32],
+        logits: &[f32],
         forbidden: &[TokenId],
         grammar: Option<&mut Grammar>,
     ) -> Result<TokenId, String> {
+        let mut scratch = SCRATCH.take();
+        scratch.weights.clear();
+        scratch.weights.extend_from_slice(logits);
+        let sampled = self.sample_in(&mut scratch, forbidden, grammar);
+        SCRATCH.set(scratch);
+        sampled
+    }
+
+    fn sample_in(
+        &mut self,
+        scratch: &mut Scratch,
+        forbidden: &[TokenId],
+        grammar: Option<&mut Grammar>,
+    ) -> Result<TokenId, String> {
+        let Scratch { weights: logits, candidates } = scratch;
         self.penalise(logits);
         for id in forbidden {
             logits[*id as usize] = f32::NEG_INFINITY;
@@ -51,7 +78,7 @@ impl Sampler {
         if let Some(grammar) = grammar {
             grammar.mask(logits).map_err(|error| error.to_string())?;
         }
-        let drawn = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
+        let drawn = if self.params.temperature == 0.0 { greedy(logits) } else { self.draw(logits, candidates) };
         let id = drawn.ok_or("the model gave no finite logit for a token that is allowed")?;
         *self.generated.entry(id).or_default() += 1;
         if self.params.repetition_penalty != 1.0
@@ -78,32 +105,34 @@ impl Sampler {
         }
     }
 
-    fn draw(&mut self, logits: &[f32]) -> Option<TokenId> {
+    /// Draws from `logits`, which become weights.
+    fn draw(&mut self, logits: &mut [f32], candidates: &mut Vec<(TokenId, f64)>) -> Option<TokenId> {
         let p = &self.params;
         let max = logits[greedy(logits)? as usize];
+        for logit in logits.iter_mut().filter(|logit| !logit.is_finite()) {
+            *logit = f32::NEG_INFINITY;
+        }
         // e^((logit − max) / temperature) is the probability up to a factor; min-p is a floor on it.
         let inverse = (1.0 / p.temperature).min(f32::MAX);
-        let mut weights = ops::exponentials(logits, max, inverse);
-        for (weight, logit) in weights.iter_mut().zip(logits) {
-            if !logit.is_finite() || *weight < p.min_p {
-                *weight = 0.0;
-            }
-        }
-        let candidates =
-            (0..).zip(&weights).filter(|(_, weight)| **weight > 0.0).map(|(id, weight)| (id, f64::from(*weight)));
+        ops::exponentiate(logits, max, inverse);
+        let weights = &*logits;
+        let possible = |weight: f32| weight > 0.0 && weight >= p.min_p;
+        let weighty = (0..).zip(weights).filter(|(_, weight)| possible(**weight));
+        let weighty = weighty.map(|(id, weight)| (id, f64::from(*weight)));
         let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let vocab = logits.len();
+        let vocab = weights.len();
         let top_k = if p.top_k > 0 { p.top_k as usize } else { vocab };
         if top_k >= vocab && p.top_p >= 1.0 {
-            return pick(candidates, uniform);
+            return pick(weighty, uniform);
         }
-        let mut candidates: Vec<(TokenId, f64)> = candidates.collect();
+        candidates.clear();
+        candidates.extend(weighty);
         if top_k < candidates.len() {
             candidates.select_nth_unstable_by(top_k - 1, by_weight);
             candidates.truncate(top_k);
         }
         if p.top_p < 1.0 {
-            keep_top_p(&mut candidates, f64::from(p.top_p));
+            keep_top_p(candidates, f64::from(p.top_p));
         }
         // In order of ids, so that the draw does not hang on how candidates were selected.
         candidates.sort_unstable_by_key(|c| c.0);
@@ -179,7 +208,7 @@ mod tests {
         let mut sampler = sampler(edit);
         let mut counts = [0.0; 5];
         for _ in 0..4000 {
-            counts[sampler.sample(&mut logits.clone(), &[], None).unwrap() as usize] += 1.0 / 4000.0;
+            counts[sampler.sample(&logits, &[], None).unwrap() as usize] += 1.0 / 4000.0;
         }
         counts
     }
@@ -210,24 +239,24 @@ mod tests {
         assert_eq!(drawn(|p| p.top_p = 0.6), [3]); // 3 alone has .636
         assert_eq!(drawn(|p| p.top_p = 0.7), [2, 3]);
         assert_eq!(drawn(|p| p.min_p = 0.2), [2, 3]); // e^-1 = .37, e^-2 = .14
-        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&mut LOGITS.clone(), &[3], None), Ok(2));
+        assert_eq!(sampler(|p| p.temperature = 0.0).sample(&LOGITS, &[3], None), Ok(2));
     }
 
     #[test]
     fn biases_are_added() {
         let mut biased = sampler(|p| (p.temperature, p.logit_bias) = (0.0, vec![(4, 5.0), (3, -100.0)]));
-        assert_eq!(biased.sample(&mut LOGITS.clone(), &[], None), Ok(4));
+        assert_eq!(biased.sample(&LOGITS, &[], None), Ok(4));
     }
 
     #[test]
     fn penalties_push_tokens_down() {
         let mut presence = sampler(|p| (p.temperature, p.presence_penalty) = (0.0, 1.5));
-        assert_eq!([0, 1].map(|_| presence.sample(&mut LOGITS.clone(), &[], None).unwrap()), [3, 2]);
+        assert_eq!([0, 1].map(|_| presence.sample(&LOGITS, &[], None).unwrap()), [3, 2]);
         let mut frequency = sampler(|p| (p.temperature, p.frequency_penalty) = (0.0, 0.6));
-        assert_eq!([0, 1, 2].map(|_| frequency.sample(&mut LOGITS.clone(), &[], None).unwrap()), [3, 3, 2]);
+        assert_eq!([0, 1, 2].map(|_| frequency.sample(&LOGITS, &[], None).unwrap()), [3, 3, 2]);
         let mut repetition =
             Sampler::new(SamplingParams { temperature: 0.0, repetition_penalty: 2.0, ..Default::default() }, &[3]);
-        assert_eq!(repetition.sample(&mut LOGITS.clone(), &[], None), Ok(2));
+        assert_eq!(repetition.sample(&LOGITS, &[], None), Ok(2));
     }
 
     #[test]
@@ -235,8 +264,8 @@ mod tests {
         let nan = f32::NAN;
         for temperature in [0.0, 1.0] {
             let mut s = sampler(|p| p.temperature = temperature);
-            assert_eq!(s.sample(&mut [nan, 1.0, nan], &[], None), Ok(1));
-            assert_eq!(s.sample(&mut [nan, f32::INFINITY, f32::NEG_INFINITY], &[], None).ok(), None);
+            assert_eq!(s.sample(&[nan, 1.0, nan], &[], None), Ok(1));
+            assert_eq!(s.sample(&[nan, f32::INFINITY, f32::NEG_INFINITY], &[], None).ok(), None);
         }
     }
 
@@ -244,7 +273,7 @@ mod tests {
     fn the_lowest_temperatures_draw_the_largest_logit() {
         for temperature in [1e-3, 1e-20, 1e-40] {
             let mut s = sampler(|p| p.temperature = temperature);
-            assert_eq!(s.sample(&mut [1.0, 3.0, 2.9], &[], None), Ok(1), "{temperature}");
+            assert_eq!(s.sample(&[1.0, 3.0, 2.9], &[], None), Ok(1), "{temperature}");
         }
     }
 
@@ -252,7 +281,7 @@ mod tests {
     fn a_seed_fixes_the_draws_and_no_seed_does_not() {
         let run = |seed| {
             let mut s = Sampler::new(SamplingParams { seed, ..Default::default() }, &[]);
-            (0..40).map(|_| s.sample(&mut [0.0; 50], &[], None).unwrap()).collect::<Vec<_>>()
+            (0..40).map(|_| s.sample(&[0.0; 50], &[], None).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(run(Some(1)), run(Some(1)));
         assert_ne!(run(Some(1)), run(Some(2)));

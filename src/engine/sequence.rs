@@ -1,18 +1,17 @@
 //! One completion inside the engine.
 
-use super::api::{Event, PromptReport, TokenReport, TokenScore};
+use super::api::{Event, EventSender, PromptReport, TokenReport, TokenScore};
+use super::events::{Detokenizer, Token};
 use super::grammar::Grammar;
 use super::metrics::Metrics;
 use super::sampler::Sampler;
 use super::score::distribution;
-use super::text::{Text, TextStream};
 use crate::moe::Policy;
 use crate::sched::{Admitted, BlockHash, Chunk, NewSeq};
 use crate::types::{FinishReason, GenerateRequest, PromptScoring, SamplingParams, TokenId, Usage, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
-use tokio::sync::mpsc;
 
 /// A request that is accepted.
 pub(super) struct Accepted {
@@ -21,7 +20,9 @@ pub(super) struct Accepted {
     /// Begins the hashes of its KV blocks, if it may share them.
     pub root: Option<BlockHash>,
     pub grammar: Option<Grammar>,
-    pub events: mpsc::Sender<Event>,
+    pub events: EventSender,
+    /// One per completion, if the engine is to make the text.
+    pub detokenizers: Vec<Detokenizer>,
     pub arrived: Instant,
     /// One per completion.
     pub slots: Vec<Slot>,
@@ -72,7 +73,8 @@ pub(super) struct Sequence {
     stop_ids: Vec<TokenId>,
     sampler: Sampler,
     grammar: Option<Grammar>,
-    text: TextStream,
+    /// Makes the text, if stop strings are watched for; else the reader does.
+    detokenizer: Option<Detokenizer>,
     /// Alternatives wanted beside the log-probability of each token.
     logprobs: Option<usize>,
     trace: bool,
@@ -82,9 +84,7 @@ pub(super) struct Sequence {
     last_k_l: Vec<u16>,
     /// The logits that the pass before gave, if the policy reads the surprisal of what follows.
     last_logits: Vec<f32>,
-    /// Tokens whose text is not out yet.
-    pending: Vec<TokenReport>,
-    events: mpsc::Sender<Event>,
+    events: EventSender,
     arrived: Instant,
     last_token: Option<Instant>,
     admitted: bool,
@@ -142,11 +142,12 @@ impl PromptTask {
 impl Sequence {
     /// The first completion of a request, which computes the prompt and has the others with it; and what the scheduler
     /// is to know. Takes its time for many completions: not for the engine's thread.
-    pub(super) fn job(job: Accepted, text: &Text, eos: &[TokenId]) -> Job {
+    pub(super) fn job(job: Accepted, eos: &[TokenId]) -> Job {
         let mut slots = job.slots;
+        let mut detokenizers = job.detokenizers.into_iter();
         let siblings = slots.split_off(1.min(slots.len()));
         let tenant: Arc<str> = job.request.cache_salt.as_str().into();
-        let one = |choice: usize, slot: Option<Slot>| {
+        let mut one = |choice: usize, slot: Option<Slot>| {
             let request = &job.request;
             let mut stop_ids = request.stop_token_ids.clone();
             if !request.ignore_eos {
@@ -169,13 +170,12 @@ impl Sequence {
                 stop_ids,
                 sampler: Sampler::new(sampling, &request.prompt),
                 grammar: job.grammar.clone(),
-                text: TextStream::new(text.clone(), &request.prompt, request.skip_special_tokens, request.stop.clone()),
+                detokenizer: detokenizers.next(),
                 logprobs: request.logprobs,
                 trace: request.trace,
                 prompt: None,
                 last_k_l: Vec::new(),
                 last_logits: Vec::new(),
-                pending: Vec::new(),
                 events: job.events.clone(),
                 arrived: job.arrived,
                 last_token: None,
@@ -270,7 +270,7 @@ impl Sequence {
     /// Tells what was asked for of the prompt, once it is computed, and gives the other completions.
     pub(super) fn prompt_done(&mut self) -> Vec<Sequence> {
         if let Some(task) = self.prompt.take() {
-            self.send(Event::Prompt(task.report));
+            self.events.send(Event::Prompt(task.report));
         }
         let mut siblings = std::mem::take(&mut self.siblings);
         for sibling in &mut siblings {
@@ -285,7 +285,7 @@ impl Sequence {
     pub(super) fn advance(&mut self, logits: &[f32], metrics: &Metrics) -> Option<TokenId> {
         let too_early = self.completion_len < self.min_tokens;
         let forbidden: &[TokenId] = if too_early { &self.stop_ids } else { &[] };
-        let id = match self.sampler.sample(&mut logits.to_vec(), forbidden, self.grammar.as_mut()) {
+        let id = match self.sampler.sample(logits, forbidden, self.grammar.as_mut()) {
             Ok(id) => id,
             Err(error) => {
                 self.fail(&format!("no token can follow: {error}"), metrics);
@@ -298,27 +298,27 @@ impl Sequence {
             None => metrics.first_token(now - self.arrived),
             Some(last) => metrics.next_token(now - last),
         }
-        if self.logprobs.is_some() || self.trace {
+        let tells = self.logprobs.is_some() || self.trace;
+        let report = tells.then(|| {
             let score = self.logprobs.map(|top| TokenScore::of(logits, id, top));
-            let experts = std::mem::take(&mut self.last_k_l);
-            self.pending.push(TokenReport { id, offset: self.text.chars(), score, experts });
-        }
-        let reason = self.end_after(id, too_early, metrics);
+            TokenReport { id, offset: 0, score, experts: std::mem::take(&mut self.last_k_l) }
+        });
+        let token = Token { id, is_text: !self.stop_ids.contains(&id), report };
+        let reason = self.end_after(token, too_early, metrics);
         reason?.map_or(Some(id), |reason| {
             self.finish(reason, metrics);
             None
         })
     }
 
-    /// Sends the text that `id` completes and tells whether it ends the completion; nothing, if it failed.
-    fn end_after(&mut self, id: TokenId, too_early: bool, metrics: &Metrics) -> Option<Option<FinishReason>> {
-        if self.stop_ids.contains(&id) {
-            // The stop token itself is no text.
-            let (text, _) = self.text.finish();
-            self.send_text(text, true);
+    /// Tells a token, and gives whether it ends the completion; nothing, if it failed.
+    fn end_after(&mut self, token: Token, too_early: bool, metrics: &Metrics) -> Option<Option<FinishReason>> {
+        if !token.is_text {
+            self.tell(token, false);
+            self.tell_rest();
             return Some(Some(FinishReason::Stop));
         }
-        let complete = match self.grammar.as_mut().map(|grammar| grammar.accept(id)) {
+        let complete = match self.grammar.as_mut().map(|grammar| grammar.accept(token.id)) {
             None => false,
             Some(Ok(complete)) => complete,
             Some(Err(error)) => {
@@ -327,32 +327,33 @@ impl Sequence {
             }
         };
         // A stop string that comes too early stays text.
-        let (text, stopped) = self.text.push(id, !too_early);
-        self.send_text(text, stopped);
-        if stopped {
+        if self.tell(token, !too_early) {
             return Some(Some(FinishReason::Stop));
         }
         if complete || self.completion_len == self.max_tokens {
-            let (text, stopped) = self.text.finish();
-            self.send_text(text, true);
-            let stop = complete || stopped;
+            let stop = self.tell_rest() || complete;
             return Some(Some(if stop { FinishReason::Stop } else { FinishReason::Length }));
         }
         Some(None)
     }
 
-    /// Sends text, and the tokens so far; at the `end` also those without text: the stop token, or what a stop string
-    /// cut off. All that was generated is told.
-    fn send_text(&mut self, text: String, end: bool) {
-        if !text.is_empty() || (end && !self.pending.is_empty()) {
-            let tokens = std::mem::take(&mut self.pending);
-            self.send(Event::Text { choice: self.choice, text, tokens });
-        }
+    /// Tells a token, and gives whether a stop string ends the completion.
+    fn tell(&mut self, token: Token, may_stop: bool) -> bool {
+        let Some(detokenizer) = &mut self.detokenizer else {
+            self.events.send_token(self.choice, token);
+            return false;
+        };
+        let (text, stopped) = detokenizer.push(token, may_stop);
+        text.into_iter().for_each(|text| self.events.send(text));
+        stopped
     }
 
-    fn send(&self, event: Event) {
-        // A full channel is impossible (it has room for every event), a closed one is found by `departed`.
-        let _ = self.events.try_send(event);
+    /// Tells what was held back, and gives whether there is a stop string in it.
+    fn tell_rest(&mut self) -> bool {
+        let Some(detokenizer) = &mut self.detokenizer else { return false };
+        let (text, stopped) = detokenizer.finish();
+        text.into_iter().for_each(|text| self.events.send(text));
+        stopped
     }
 
     /// Ends the completion as it is.
@@ -381,6 +382,6 @@ impl Sequence {
     fn end(&mut self, event: Event) {
         // Free before the client knows, who may come back at once.
         self.slot = None;
-        self.send(event);
+        self.events.send(event);
     }
 }

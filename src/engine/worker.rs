@@ -3,6 +3,7 @@
 use super::api::{Events, Generate, ModelInfo, SubmitError};
 use super::budget::Budget;
 use super::core::{BLOCK_SIZE, Core, EngineConfig, KvPlan, RequestRouters, StartError};
+use super::events::Detokenizer;
 use super::grammar::{Grammar, GrammarError, Grammars};
 use super::lock;
 use super::metrics::Metrics;
@@ -20,7 +21,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
 
 /// A running engine. Dropping it stops the thread once its requests are done.
 pub struct Engine {
@@ -184,16 +184,19 @@ impl Engine {
         let grammar = self.grammar_of(&request)?;
         let full = |unfinished| SubmitError::QueueFull { unfinished, limit: self.info.unfinished_max };
         let slots = Slot::take(&self.unfinished, request.n, self.info.unfinished_max).map_err(full)?;
+        let texts = (0..request.n).map(|choice| Detokenizer::new(choice, &self.text, &request)).collect();
+        let (here, there) = if request.stop.is_empty() { (Vec::new(), texts) } else { (texts, Vec::new()) };
         // The prompt; and of every completion a text per token, the held-back rest, and the end.
-        let (events, receiver) = mpsc::channel(1 + request.n * (request.max_tokens + 2));
+        let (sender, events) = Events::with_text(1 + request.n * (request.max_tokens + 2), there);
         // Who is routed by what else is in the batch computes nothing that others could use; and who reads the surprisal
         // of a token needs the pass over the one before.
         let shares = self.prefix_cache && policy.batch_invariant() && !policy.signals().surprisal;
         let root = shares.then(|| BlockHash::root(&policy.spec().to_string(), &request.cache_salt));
-        let accepted = Accepted { request, policy, root, grammar, events, arrived: Instant::now(), slots };
-        let job = Sequence::job(accepted, &self.text, &self.eos);
+        let arrived = Instant::now();
+        let accepted = Accepted { request, policy, root, grammar, events: sender, detokenizers: here, arrived, slots };
+        let job = Sequence::job(accepted, &self.eos);
         match &*lock(&self.jobs) {
-            Some(jobs) if jobs.send(job).is_ok() => Ok(Events::new(receiver)),
+            Some(jobs) if jobs.send(job).is_ok() => Ok(events),
             _ => Err(SubmitError::Stopping),
         }
     }

@@ -69,10 +69,10 @@ pub fn root_mean_square(x: &[f32]) -> f32 {
     cpu::root_mean_square(x)
 }
 
-/// `e^((x − max)·by)` for every `x`, of which none may be larger than `max`, and a `by` from 0 on: relative error below
-/// 10⁻⁵, 0 where the result would be no normal number.
-pub fn exponentials(x: &[f32], max: f32, by: f32) -> Vec<f32> {
-    cpu::exponentials(x, max, by)
+/// Puts `e^((x − max)·by)` in the place of every `x`, of which none may be larger than `max`, and a `by` from 0 on:
+/// relative error below 10⁻⁵, 0 where the result would be no normal number.
+pub fn exponentiate(x: &mut [f32], max: f32, by: f32) {
+    cpu::exponentiate(x, max, by);
 }
 
 /// H(softmax(z)) in nats; NaN where a number is.

@@ -205,6 +205,27 @@ fn events_are_texts_and_then_one_end() {
     assert_eq!(texts.concat(), whole);
 }
 
+#[test]
+fn text_is_the_same_whether_stop_strings_are_watched_for_or_not() {
+    let engine = bundled("native", EngineConfig::default());
+    let prompt = engine.encode("Once upon a time", true).unwrap();
+    let told = |stop: Vec<String>| {
+        let request = GenerateRequest { stop, n: 2, logprobs: Some(0), ..GenerateRequest::greedy(prompt.clone(), 40) };
+        let mut events = engine.submit(request).unwrap();
+        let (mut texts, mut offsets) = (vec![String::new(); 2], vec![Vec::new(); 2]);
+        while let Some(event) = events.blocking_next() {
+            if let Event::Text { choice, text, tokens } = event {
+                texts[choice].push_str(&text);
+                offsets[choice].extend(tokens.iter().map(|token| (token.id, token.offset)));
+            }
+        }
+        (texts, offsets)
+    };
+    let (texts, offsets) = told(Vec::new());
+    assert!(offsets.iter().all(|offsets| offsets.len() == 40) && texts[0].len() > 40, "{texts:?}");
+    assert_eq!(told(vec!["a string that no story holds".into()]), (texts, offsets));
+}
+
 /// What was told of a prompt, and what it used.
 fn prompt_report(engine: &Engine, request: GenerateRequest) -> (PromptReport, Usage) {
     let mut events = engine.submit(request).unwrap();

@@ -3,7 +3,7 @@
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures::StreamExt;
-use moe_serve::engine::api::{Event, Events, Generate, ModelInfo, SubmitError};
+use moe_serve::engine::api::{Event, EventSender, Events, Generate, ModelInfo, SubmitError};
 use moe_serve::http::{Service, ServiceOptions};
 use moe_serve::types::{
     BudgetState, FinishReason, Flops, GenerateRequest, GrammarSpec, LimitError, Limits, PromptScoring, RouterSpec,
@@ -13,11 +13,10 @@ use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::mpsc;
 use tower::ServiceExt;
 
 /// What a submitted request meets.
-type Script = Result<mpsc::Receiver<Event>, SubmitError>;
+type Script = Result<Events, SubmitError>;
 
 struct Scripted {
     info: ModelInfo,
@@ -75,7 +74,7 @@ impl Generate for Scripted {
     fn submit(&self, request: GenerateRequest) -> Result<Events, SubmitError> {
         let script = self.scripts.lock().unwrap().pop_front().expect("a request that the script does not have");
         self.submitted.lock().unwrap().push(request);
-        script.map(Events::new)
+        script
     }
 
     fn budget(&self) -> Option<BudgetState> {
@@ -92,16 +91,16 @@ impl Generate for Scripted {
 }
 
 /// A request whose events come while the test goes on.
-fn live() -> (mpsc::Sender<Event>, Script) {
-    let (sender, receiver) = mpsc::channel(16);
-    (sender, Ok(receiver))
+fn live() -> (EventSender, Script) {
+    let (sender, events) = Events::channel(16);
+    (sender, Ok(events))
 }
 
 /// A request whose events are all there; without an end in them, its engine has died.
 fn told(events: impl IntoIterator<Item = Event>) -> Script {
-    let (sender, receiver) = mpsc::channel(16);
-    events.into_iter().for_each(|e| sender.try_send(e).unwrap());
-    Ok(receiver)
+    let (sender, told) = Events::channel(16);
+    events.into_iter().for_each(|event| sender.send(event));
+    Ok(told)
 }
 
 fn text(t: &str) -> Event {
@@ -202,7 +201,7 @@ async fn pieces_of_several_prompts_stream_as_they_come_under_their_own_index() {
     let mut ids = Vec::new();
     let script = [(1, "B1"), (0, "A1"), (0, "A2"), (1, "B2")];
     for (index, piece) in script {
-        [&first, &second][index].try_send(text(piece)).unwrap();
+        [&first, &second][index].send(text(piece));
         let chunk = parts.json().await;
         let want = json!([{"index": index, "text": piece, "logprobs": null, "finish_reason": null}]);
         assert_eq!(chunk["choices"], want);
@@ -211,7 +210,7 @@ async fn pieces_of_several_prompts_stream_as_they_come_under_their_own_index() {
         ids.push(chunk["id"].clone());
     }
     for (index, sender, tokens) in [(1, second, 5), (0, first, 4)] {
-        sender.try_send(done(tokens)).unwrap();
+        sender.send(done(tokens));
         let chunk = parts.json().await;
         let want = json!([{"index": index, "text": "", "logprobs": null, "finish_reason": "length"}]);
         assert_eq!(chunk["choices"], want);
@@ -480,7 +479,7 @@ async fn dropping_a_streamed_body_abandons_its_prompts() {
     let ((first, a), (second, b)) = (live(), live());
     let generate = Scripted::new([a, b]);
     let mut parts = Parts::begin(&generate, json!({"prompt": ["a", "b"], "stream": true})).await;
-    first.try_send(text("x")).unwrap();
+    first.send(text("x"));
     parts.json().await;
     assert!(!first.is_closed() && !second.is_closed());
     drop(parts);

@@ -31,17 +31,11 @@ pub(crate) fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
     changed(x, 1, |_, part| part.iter_mut().for_each(|x| *x = x.clamp(low, high)))
 }
 
-/// See [`crate::ops::exponentials`].
-pub(crate) fn exponentials(x: &[f32], max: f32, by: f32) -> Vec<f32> {
-    let mut y = x.to_vec();
-    exponentials_of(&mut y, max, by);
-    y
-}
-
-multiversion!(fn exponentials_of(x: &mut [f32], max: f32, by: f32) = exponentials_body);
+// See [`crate::ops::exponentiate`].
+multiversion!(pub(crate) fn exponentiate(x: &mut [f32], max: f32, by: f32) = exponentiate_body);
 
 #[inline(always)]
-fn exponentials_body(x: &mut [f32], max: f32, by: f32) {
+fn exponentiate_body(x: &mut [f32], max: f32, by: f32) {
     x.iter_mut().for_each(|x| *x = math::exp((*x - max) * by));
 }
 
@@ -105,12 +99,16 @@ mod tests {
     fn exponentials_are_those_of_scaled_differences() {
         let x: Vec<f32> = (0..100).map(|i| i as f32 * 0.3 - 20.0).chain([f32::NEG_INFINITY]).collect();
         for by in [0.0f32, 0.5, 1.0, 30.0] {
-            for (y, x) in exponentials(&x, 9.7, by).into_iter().zip(&x[..100]) {
+            let mut y = x.clone();
+            exponentiate(&mut y, 9.7, by);
+            for (y, x) in y.into_iter().zip(&x[..100]) {
                 let exponent = f64::from(x - 9.7) * f64::from(by);
                 let want = if exponent < -87.0 { 0.0 } else { exponent.exp() };
                 assert!((f64::from(y) - want).abs() <= 1e-5 * want + 1e-37, "{x} by {by}: {y}, not {want}");
             }
         }
-        assert_eq!(exponentials(&x, 9.7, f32::MAX)[100], 0.0);
+        let mut y = x.clone();
+        exponentiate(&mut y, 9.7, f32::MAX);
+        assert_eq!(y[100], 0.0);
     }
 }

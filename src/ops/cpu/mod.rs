@@ -22,7 +22,7 @@ pub(super) mod train;
 
 pub(super) use attention::KvStore;
 pub use cache::PackCache;
-pub(super) use elementwise::{add, clamp, exponentials};
+pub(super) use elementwise::{add, clamp, exponentiate};
 pub(super) use entropy::softmax_entropy;
 pub(super) use experts::{PackedFfn, feed_forward, grouped_experts};
 pub(super) use isa::describe;
