@@ -71,6 +71,43 @@ fn every_test_with_every_router_is_a_line_and_a_run() {
     }
 }
 
+/// Pages that a run of `moe-bench` asked the system for.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn page_faults(args: &[&str]) -> i64 {
+    use std::process::{Command, Stdio};
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moe-bench"));
+    let mut child = command.args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+    // What has ended keeps its counts until it is waited for.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    assert!(child.wait().unwrap().success(), "{args:?}");
+    // The name, in brackets, may hold spaces; faults are the eighth number behind it.
+    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(7).unwrap().parse().unwrap()
+}
+
+#[test]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn steps_take_no_memory_from_the_system_once_warm() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = std::fs::read_to_string(repo("benches/side_by_side/olmoe-1b-7b.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&file).unwrap();
+    let sizes = [("hidden_size", 1024), ("intermediate_size", 64), ("num_experts", 4), ("num_experts_per_tok", 2)];
+    for (field, size) in sizes.into_iter().chain([("vocab_size", 512), ("eos_token_id", 0)]) {
+        config[field] = size.into();
+    }
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config.to_string()).unwrap();
+    // Prompts of two lengths, whose activations of up to 2 MiB are given back in turns.
+    let shapes = ["--prompt", "128,512", "--generate", "8", "--batch", "1,16", "--context", "16", "--no-roofline"];
+    let faults = |repeat: &str| {
+        let model = ["--random-weights", path.to_str().unwrap(), "--layers", "1", "--threads", "2", "--repeat", repeat];
+        page_faults(&[&model[..], &shapes[..]].concat())
+    };
+    // Ten times two prompts and sixteen steps that decode: 36,000 where memory goes back. How many a start has varies.
+    let more = faults("11") - faults("1");
+    assert!(more < 4000, "{more} pages were taken from the system");
+}
+
 #[test]
 fn what_is_left_out_is_not_measured() {
     let config = path("models/stories");
